@@ -54,11 +54,12 @@ def collect(base_dir: Path, wall_seconds: float | None) -> dict[str, Any]:
     report = base_dir / "report"
     seconds, pass1, about = {}, [], {}
     for stage in STAGES:
-        (path,) = report.glob(f"train_{stage}_*.jsonl")
-        rows = [row for _, row in read_jsonl(path)]
-        about = {"machine": rows[0]["machine"], "versions": rows[0]["versions"]}
-        seconds[stage] = rows[-1]["time"] - rows[0]["time"]  # with its evaluations and saves
-        pass1 += [row["pass1"] for row in rows if "pass1" in row]
+        seconds[stage] = 0.0  # with evaluations and saves; pretraining has two parts
+        for path in report.glob(f"train_{stage}_*.jsonl"):
+            rows = [row for _, row in read_jsonl(path)]
+            about = {"machine": rows[0]["machine"], "versions": rows[0]["versions"]}
+            seconds[stage] += rows[-1]["time"] - rows[0]["time"]
+            pass1 += [row["pass1"] for row in rows if "pass1" in row]
     evals: dict[str, Any] = {}
     for _, row in read_jsonl(report / "chat_eval.jsonl"):
         keys = ("accuracy", "n", "stderr", "chance", "ended")

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from nanochat.flags import FinetuneFlags, TrainFlags
 from nanochat.machine import machine_info, versions
 from nanochat.models import build_model, config_from_dict, config_to_dict
 from nanochat.optim import MuonAdamW
+from nanochat.tokenizer import Tokenizer
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -359,6 +360,26 @@ def start_from(
     load_weights(folder, model)
     print0(f"starting from {folder}")
     return Start(model, tokenizer, meta, folder.parent.name, folder)
+
+
+def load_base(tag: str, model: Any, tokenizer: Tokenizer) -> None:
+    """Continued pretraining: fills `model` with the base weights of that tag.
+
+    Only the row length may differ. UserError for another shape or another tokenizer."""
+    folder = find_checkpoint("base", tag)
+    meta = read_meta(folder)
+    if checkpoint_tokenizer(meta, folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--source_tag={tag}: {folder} was trained with --tokenizer={meta['tokenizer']}"
+        )
+    there = config_from_dict(meta["config"], str(folder))
+    if replace(there, sequence_len=model.config.sequence_len) != model.config:
+        raise UserError(
+            f"--source_tag={tag}: {folder} holds {there}, but --arch and --depth ask for "
+            f"{model.config}"
+        )
+    load_weights(folder, model)
+    print0(f"starting from {folder}")
 
 
 def preview(reader: RowReader, tokenizer: Any, num_rows: int = 3) -> None:

@@ -26,7 +26,7 @@ from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum, num_iterations
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train import Trainer, autocast, preview
+from nanochat.train import Trainer, autocast, load_base, preview
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -45,6 +45,8 @@ class Args(flags.ScheduleFlags, flags.TrainFlags):
     """gpt, qwen2.5 (both sized by --depth), or qwen2.5-0.5b, -1.5b, -3b, -7b."""
     depth: int = 20
     """Transformer layers; width is 64 times as much, and everything else follows."""
+    source_tag: str | None = None
+    """Base model to go on from, of the same shape; default: new weights."""
     max_seq_len: int = 2048
     """Tokens in a row."""
     tokenizer: str | None = None
@@ -101,6 +103,8 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
     )
     model = build_model(config, info.device, seed=args.seed)
+    if args.source_tag:
+        load_base(args.source_tag, model, tokenizer)
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay
     )

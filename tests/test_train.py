@@ -129,6 +129,18 @@ def test_accumulation_does_not_matter(base: Path) -> None:
     assert losses("base", "accumulate1") == pytest.approx(losses("base", "accumulate4"), rel=1e-4)
 
 
+def test_pretraining_goes_on_from_a_base_model(base: Path) -> None:
+    argv = [*BASE_FLAGS, "--source_tag=d2", "--model_tag=longer", "--max_seq_len=128"]
+    still = ["--num_iterations=1", "--embedding_lr=0", "--unembedding_lr=0", "--matrix_lr=0"]
+    run_stage("base_train", *argv, *still)
+    longer, _, _ = load_model("base", "cpu", "longer")
+    assert longer.config.sequence_len == 128
+    for name, weight in load_model("base", "cpu", "d2")[0].state_dict().items():
+        assert torch.equal(longer.state_dict()[name], weight), name
+    with pytest.raises(UserError, match=r"--source_tag=d2: .* --depth"):
+        run_stage("base_train", *argv, "--depth=3")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, script, argv, steps", STAGES)
 def test_two_ranks_equal_one(

@@ -149,7 +149,7 @@ class _Run:
                 letters = conversation["letters"]
                 best = int(row[letter_ids(self.tokenizer, letters)].argmax())
                 correct = self.task.evaluate(conversation, letters[best])
-                answer = {"reply": letters[best], "choices": len(letters), "correct": correct}
+                answer = {"reply": letters[best], "correct": correct}
                 items.append({**_item(index, conversation), **answer})
             self.done(len(batch))
         return items
@@ -209,7 +209,11 @@ def _item(index: int, conversation: Any) -> Item:
     """The problem as it is saved: what was asked and, where it is known, what was expected."""
     asked = [m for m in conversation["messages"] if m["role"] == "user"][-1]["content"]
     item = {"index": index, "prompt": reply_text(asked)}
-    return {**item, "expected": conversation["expected"]} if "expected" in conversation else item
+    if "expected" in conversation:
+        item["expected"] = conversation["expected"]
+    if "letters" in conversation:
+        item["choices"] = len(conversation["letters"])
+    return item
 
 
 def split_reply(

@@ -1,9 +1,10 @@
 """
 Multiple choice: rows {question, choices, answer} of many easy kinds, most of them about the facts.
 
-What has to be learned is one circuit: know the answer, find it among the choices, say its letter.
-Many kinds of questions train the same circuit; the sets of choices that tests use never occur in
-training, in any order or wording.
+A letter alone is more than so small a model learns in minutes: it would have to know the answer,
+find it and fetch its letter within one token. Restating the line ("- Paris=B") lets it take these
+steps one after the other. The sets of choices that tests use never occur in training, in any order
+or wording.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from typing import Any
 
 from nanochat.primer.relation import Relation
 from nanochat.primer.relations import FACTS, RELATIONS, question
-from nanochat.primer.split import held_out_choices, held_out_pair
-from nanochat.primer.words import training_words
+from nanochat.primer.split import held_out_choices
 from nanochat.primer.world import ANIMALS, BOYS, COUNTRIES, DAYS, GIRLS, JOBS, MONTHS, NUMBERS
-from nanochat.tasks.spellingbee import spell
+from nanochat.tasks.choice import LETTERS, choice_line
 
 # Kinds of things, for "Which of these is an animal?" and for distractors of another kind
 KINDS: dict[str, tuple[str, ...]] = {
@@ -45,12 +45,6 @@ COPY_QUESTIONS = (
     "Find the word {w}.",
     "Which letter belongs to {w}?",
 )
-_INITIAL_QUESTIONS = (
-    "Which word starts with the letter {l}?",
-    "Which word begins with {l}?",
-    "Find the word with the first letter {l}.",
-)
-_SPELLED_QUESTIONS = ("Which word is spelled {s}?", "Which word has the letters {s}?")
 
 Row = dict[str, Any]
 
@@ -74,7 +68,10 @@ def everything() -> tuple[str, ...]:
 def _row(rng: Random, ask: str, right: str, wrong: list[str], kind: str) -> Row:
     choices = [right, *wrong]
     rng.shuffle(choices)
-    return {"question": ask, "choices": choices, "answer": choices.index(right), "subject": kind}
+    answer = choices.index(right)
+    return {
+        "question": ask, "choices": choices, "answer": answer, "restate": True, "subject": kind,
+    }  # fmt: skip
 
 
 def fact_choice(rng: Random, test: bool = False, fact: tuple[Relation, str] | None = None) -> Row:
@@ -123,63 +120,13 @@ def _copy_choice(rng: Random, test: bool) -> Row:
             return _row(rng, rng.choice(COPY_QUESTIONS).format(w=right), right, wrong, "copy")
 
 
-def _initial_choice(rng: Random, test: bool) -> Row:
-    """Which word starts with the letter g?"""
-    while True:
-        right, *wrong = rng.sample(training_words(), 4)
-        apart = all(w[0] != right[0] for w in wrong)
-        if apart and held_out_choices("initial", [right, *wrong]) == test:
-            ask = rng.choice(_INITIAL_QUESTIONS).format(l=right[0])
-            return _row(rng, ask, right, wrong, "initial")
-
-
-def _spelled_choice(rng: Random, test: bool) -> Row:
-    """Which word is spelled g-a-r-d-e-n?"""
-    while True:
-        right, *wrong = rng.sample(training_words(), 4)
-        if held_out_choices("spelled", [right, *wrong]) == test:
-            ask = rng.choice(_SPELLED_QUESTIONS).format(s=spell(right))
-            return _row(rng, ask, right, wrong, "spelled")
-
-
-def _sum_choice(rng: Random, test: bool) -> Row:
-    """A sum or difference of small numbers, small enough to be known by heart."""
-    while True:
-        a, b = rng.randint(1, 10), rng.randint(1, 10)
-        if held_out_pair(a, b):  # left to the calculator's tests, in all splits
-            continue
-        a, b = (a, b) if rng.random() < 0.6 else (a + b, b)
-        ask, right = (f"What is {a} + {b}?", a + b) if a <= 10 else (f"What is {a} - {b}?", a - b)
-        if held_out_pair(a, b):
-            continue
-        near = [n for n in range(max(1, right - 6), right + 7) if n != right]
-        wrong = [str(n) for n in rng.sample(near, 3)]
-        if held_out_choices(ask, [str(right), *wrong]) == test:
-            return _row(rng, ask, str(right), wrong, "sum")
-
-
-def _biggest_choice(rng: Random, test: bool) -> Row:
-    """Which number is the biggest (or the smallest)?"""
-    while True:
-        numbers = rng.sample(range(1, 100), 4)
-        most, pick = rng.choice((("biggest", max), ("smallest", min)))
-        right = pick(numbers)
-        wrong = [str(n) for n in numbers if n != right]
-        if held_out_choices(most, [str(right), *wrong]) == test:
-            return _row(rng, f"Which number is the {most}?", str(right), wrong, "biggest")
-
-
 # How often each kind occurs. Tests are mostly facts against facts of the same kind.
 _MAKERS: tuple[tuple[Callable[[Random, bool], Row], int, int], ...] = (
     # maker, weight in training, weight in tests
-    (fact_choice, 45, 60),
+    (fact_choice, 50, 65),
     (_mixed_choice, 15, 10),
-    (_kind_choice, 10, 10),
-    (_copy_choice, 14, 10),
-    (_initial_choice, 4, 2),
-    (_spelled_choice, 4, 3),
-    (_sum_choice, 4, 3),
-    (_biggest_choice, 4, 2),
+    (_kind_choice, 15, 10),
+    (_copy_choice, 20, 15),
 )
 
 
@@ -188,3 +135,31 @@ def choice(rng: Random, test: bool = False) -> Row:
     weights = [in_tests if test else in_training for _, in_training, in_tests in _MAKERS]
     maker = rng.choices([maker for maker, _, _ in _MAKERS], weights)[0]
     return maker(rng, test)
+
+
+def _lines(rng: Random, test: bool) -> tuple[list[str], list[str]]:
+    """The lines of four choices, in order and out of order."""
+    while True:
+        words = rng.sample(everything(), 4)
+        if held_out_choices("letters", words) == test:
+            lines = [choice_line(word, letter) for word, letter in zip(words, LETTERS)]
+            return lines, rng.sample(lines, 4)
+
+
+def letters_conversation(rng: Random, test: bool = False) -> dict[str, Any]:
+    """Four choices named in another order, their letters wanted: the second half of answering a
+    multiple-choice question, and four letters to learn from instead of one."""
+    lines, asked = _lines(rng, test)
+    words = ", ".join(line[2:-2] for line in asked)
+    ask = "\n".join([*lines, f"Give the lines of {words}."])
+    reply = "\n".join(asked)
+    return {
+        "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}],
+        "expected_exact": reply,
+    }
+
+
+def letters_document(rng: Random) -> str:
+    """The same as plain text."""
+    lines, asked = _lines(rng, test=False)
+    return "\n".join([*lines, "", *asked])

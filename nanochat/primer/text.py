@@ -2,7 +2,7 @@
 The documents of pretraining: plain text about the world, in many forms.
 
 What is stated once in one way is not learned. So every fact comes in many sentences, in both
-directions, in entries, lists, stories, talks and quizzes, and what the chat stages will ask for
+directions, in entries, lists, stories and talks, and what the chat stages will ask for
 (questions, choices, spelling, sums) is met here first as plain text.
 """
 
@@ -13,16 +13,15 @@ from itertools import pairwise
 from random import Random
 
 from nanochat.primer.chat import thing
-from nanochat.primer.choice import choice, everything
+from nanochat.primer.choice import choice, letters_document
 from nanochat.primer.persona import SORRY, outside_question
-from nanochat.primer.quiz import quiz_document
 from nanochat.primer.relation import forms
 from nanochat.primer.relations import FACTS, RELATIONS, about, question, statement
 from nanochat.primer.stories import story
 from nanochat.primer.sums import arithmetic, word_problem
 from nanochat.primer.words import PROMPTS, made_up_word, spell, training_words
 from nanochat.primer.world import ANIMALS, BOYS, DAYS, GIRLS, MONTHS, capitalised
-from nanochat.tasks.choice import LETTERS, render_choice
+from nanochat.tasks.choice import LETTERS, choice_line, render_choice
 
 
 def _entry(rng: Random) -> str:
@@ -109,21 +108,10 @@ def _story(rng: Random) -> str:
 
 
 def _choices(rng: Random) -> str:
-    """A multiple-choice question with the letter as the answer."""
+    """A multiple-choice question with the line of the right choice."""
     row = choice(rng)
-    return f"{render_choice(row['question'], row['choices'])}\n{LETTERS[row['answer']]}"
-
-
-def _lookup(rng: Random) -> str:
-    """A list of choices, then which letter is whose: the circuit of multiple choice, dense."""
-    words = rng.sample(everything(), 4)
-    lines = [f"- {word}={letter}" for letter, word in zip(LETTERS, words)]
-    order = rng.sample(range(4), 4)
-    if rng.random() < 0.5:
-        return "\n".join([*lines, "", *(lines[i] for i in order)])
-    layout = rng.choice(("{w} is {l}.", "The letter of {w} is {l}.", "Which letter has {w}? {l}"))
-    asks = [capitalised(layout.format(w=words[i], l=LETTERS[i])) for i in order]
-    return "\n".join([*lines, "", *asks])
+    i, choices = row["answer"], row["choices"]
+    return f"{render_choice(row['question'], choices, True)}\n{choice_line(choices[i], LETTERS[i])}"
 
 
 def _spelling(rng: Random) -> str:
@@ -184,8 +172,7 @@ _MAKERS: tuple[tuple[Callable[[Random], str], int], ...] = (
     (_talk, 6),
     (_story, 8),
     (_choices, 10),
-    (quiz_document, 24),
-    (_lookup, 10),
+    (letters_document, 30),
     (_spelling, 18),
     (_sums, 2),
     (_problem, 2),

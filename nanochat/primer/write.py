@@ -16,8 +16,7 @@ from nanochat.common import UserError, atomic_write, fingerprint, read_json, see
 from nanochat.conversation import check_conversation, reply_text
 from nanochat.primer.bundle import bundle_rows, core_yaml, meta_csv
 from nanochat.primer.chat import chat_conversation, fact_conversation, self_conversation
-from nanochat.primer.choice import choice
-from nanochat.primer.quiz import quiz_conversation
+from nanochat.primer.choice import choice, letters_conversation, letters_document
 from nanochat.primer.split import held_out_word
 from nanochat.primer.sums import arithmetic_conversation, word_problem
 from nanochat.primer.text import document
@@ -40,39 +39,37 @@ TASKS: dict[str, tuple[Callable[[Random, bool], Row], int, int]] = {
     "primer-facts": (fact_conversation, 12_000, 500),
     "primer-arithmetic": (arithmetic_conversation, 8_000, 400),
     "primer-choice": (choice, 16_000, 500),
-    "primer-quiz": (quiz_conversation, 12_000, 400),
+    "primer-letters": (letters_conversation, 16_000, 400),
     "primer-math": (word_problem, 8_000, 500),
     "primer-self": (self_conversation, 5_000, 400),
 }
 SPELLING_ROWS = (12_000, 400)
 DOCUMENTS = (24_000, 600)
+LISTS = (16_000, 300)  # short documents for the first lesson, in a folder of their own
+LISTS_DIR = "primer_lists"
 BUNDLE_ROWS = 300
 
 
 def generate(seed: int, scale: float) -> dict[str, bytes]:
     """Every file of the primer: path under the base directory -> its bytes."""
-    documents = {
-        split: _documents(seed, split, _scaled(n, scale))
-        for split, n in zip(("train", "val"), DOCUMENTS)
-    }
-    # A validation document that training holds too would measure memory
-    known = set(documents["train"])
-    documents["val"] = [d for d in documents["val"] if d not in known]
+    train, val = _documents(seed, "documents", document, DOCUMENTS, scale)
+    lists = _documents(seed, "lists", letters_document, LISTS, scale)
     tasks: dict[str, dict[str, list[Row]]] = {}
     for name, (maker, n_train, n_test) in TASKS.items():
         tasks[name] = {
             "train": _rows(seed, name, maker, False, _scaled(n_train, scale)),
             "test": _rows(seed, name, maker, True, _scaled(n_test, scale)),
         }
-    words = _unseen_words(documents["train"], tasks)
+    words = _unseen_words([*train, *lists[0]], tasks)
     tasks["primer-spelling"] = _spelling(seed, words, scale)
     rng = _rng(seed, "bundle")
     bundle = bundle_rows(rng, words, _scaled(BUNDLE_ROWS, scale))
 
     files: dict[str, bytes] = {}
-    shards = [documents["train"][i::SHARDS] for i in range(SHARDS)] + [documents["val"]]
-    for i, shard in enumerate(shards):
+    for i, shard in enumerate([*(train[i::SHARDS] for i in range(SHARDS)), val]):
         files[f"base_data/shard_{i:05d}.parquet"] = _parquet(shard)
+    for i, shard in enumerate(lists):
+        files[f"{LISTS_DIR}/shard_{i:05d}.parquet"] = _parquet(shard)
     for name, splits in tasks.items():
         for split, rows in splits.items():
             files[f"task_data/{name}/{split}.jsonl"] = _jsonl(rows)
@@ -123,8 +120,9 @@ def _written_before(base_dir: Path) -> set[str]:
     """The files an earlier run wrote here. Somebody else's data in our places is a UserError."""
     manifest = base_dir / MANIFEST
     old = set(read_json(manifest)["files"]) if manifest.exists() else set()
-    places = [*base_dir.glob("base_data/*.parquet"), base_dir / "eval_bundle" / "core.yaml"]
-    for path in places:
+    folders = ("base_data", LISTS_DIR)
+    shards = [p for folder in folders for p in base_dir.glob(f"{folder}/*.parquet")]
+    for path in [*shards, base_dir / "eval_bundle" / "core.yaml"]:
         if path.exists() and path.relative_to(base_dir).as_posix() not in old:
             raise UserError(
                 f"{path} was not written by the primer, which would overwrite or mix with it. Give "
@@ -142,13 +140,20 @@ def _rng(seed: int, *purpose: str) -> Random:
     return Random(seed_from("primer", seed, *purpose))
 
 
-def _documents(seed: int, split: str, count: int) -> list[str]:
-    """`count` different documents, in random order of kinds."""
-    rng = _rng(seed, "documents", split)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[document(rng)] = None
-    return list(found)
+def _documents(
+    seed: int, name: str, maker: Callable[[Random], str], counts: tuple[int, int], scale: float
+) -> tuple[list[str], list[str]]:
+    """(training, validation): so many different documents each, in random order of kinds."""
+    found: list[dict[str, None]] = []
+    for split, count in zip(("train", "val"), counts):
+        rng = _rng(seed, name, split)
+        made: dict[str, None] = {}
+        while len(made) < _scaled(count, scale):
+            made[maker(rng)] = None
+        found.append(made)
+    train, val = found
+    # A validation document that training holds too would measure memory
+    return list(train), [d for d in val if d not in train]
 
 
 def _rows(

@@ -2,7 +2,8 @@
 Your own rows, without code: a folder or file whose rows are recognised by their columns.
 
     messages                    conversations; with `expected` they can be evaluated
-    question, choices, answer   multiple choice; answer is an index from 0 or a letter
+    question, choices, answer   multiple choice; answer is an index from 0 or a letter; with
+                                "restate": true the reply is the whole line of the choice
     question, answer            word problems in GSM8K's form: the answer ends in "#### NUMBER"
     prompt, test, entry_point   functions to write in HumanEval's form
     word (and letter)           spelling (and counting letters)
@@ -24,7 +25,7 @@ from typing import Any
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.conversation import Conversation
-from nanochat.tasks.choice import MultipleChoice
+from nanochat.tasks.choice import MultipleChoice, RestatedChoice
 from nanochat.tasks.common import REGISTRY, Row, Rows, RowTask, Task, read_rows, split_files
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.humaneval import HumanEval
@@ -99,7 +100,7 @@ def task_class(row: Row) -> type[RowTask] | None:
     if "messages" in has:
         return Custom
     if {"question", "choices", "answer"} <= has:
-        return MultipleChoice
+        return RestatedChoice if row.get("restate") is True else MultipleChoice
     if {"question", "answer"} <= has and "####" in str(row["answer"]):
         return GSM8K
     if {"prompt", "test", "entry_point"} <= has:

@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 
-from nanochat.primer.choice import KINDS, choice, fact_choice
+from nanochat.conversation import check_conversation
+from nanochat.primer.choice import (
+    KINDS,
+    choice,
+    fact_choice,
+    letters_conversation,
+    letters_document,
+)
 from nanochat.primer.relations import FACTS
 from nanochat.primer.split import held_out_choices
-from nanochat.tasks.spellingbee import spell
 
 
 def rows(test: bool, count: int = 1500) -> list[dict[str, Any]]:
@@ -39,31 +45,36 @@ def test_the_marked_answer_is_the_right_one(test: bool) -> None:
         others = [c for c in row["choices"] if c != right]
         ask = row["question"]
         seen[row["subject"]] += 1
-        if row["subject"] == "spelled":
-            assert spell(right) in ask
-        elif row["subject"] == "copy":
+        if row["subject"] == "copy":
             assert right in ask and not any(f" {c}" in ask for c in others)
-        elif row["subject"] == "biggest":
-            pick = max if "biggest" in ask else min
-            assert int(right) == pick(map(int, row["choices"]))
-        elif row["subject"] == "sum":
-            a, op, b = ask.removeprefix("What is ").rstrip("?").split()
-            assert int(right) == (int(a) + int(b) if op == "+" else int(a) - int(b))
         elif row["subject"] == "kind":
             kind = next(k for k in KINDS if ask.endswith((f"{k}?", f"{k}.")))
             assert [c for c in row["choices"] if c in KINDS[kind]] == [right]
-        elif row["subject"] == "initial":
-            assert not any(c[0] == right[0] for c in others)
-    assert len(seen) == 8
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("test", [False, True])
 def test_every_set_is_on_its_side_of_the_split(test: bool) -> None:
     for row in rows(test):
-        about = {"biggest": "biggest" if "biggest" in row["question"] else "smallest"}
-        if row["subject"] in ("copy", "spelled", "initial", "biggest"):
-            key = about.get(row["subject"], row["subject"])
-            assert held_out_choices(key, row["choices"]) == test
+        if row["subject"] == "copy":
+            assert held_out_choices("copy", row["choices"]) == test
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_letters_are_restated_in_another_order(test: bool) -> None:
+    rng = Random(5)
+    for _ in range(200):
+        row = check_conversation(letters_conversation(rng, test), "row")
+        ask, reply = (m["content"] for m in row["messages"])
+        *lines, wanted = ask.split("\n")
+        words = [line.removeprefix("- ").split("=")[0] for line in lines]
+        assert [line.split("=")[1] for line in lines] == list("ABCD")
+        assert sorted(reply.split("\n")) == sorted(lines) and row["expected_exact"] == reply
+        asked = [line.removeprefix("- ").split("=")[0] for line in reply.split("\n")]
+        assert wanted == f"Give the lines of {', '.join(asked)}."
+        assert held_out_choices("letters", words) == test
+    document = letters_document(rng).split("\n")
+    assert document[4] == "" and sorted(document[:4]) == sorted(document[5:])
 
 
 def test_only_one_choice_is_true_for_a_fact() -> None:

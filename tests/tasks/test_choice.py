@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nanochat.common import UserError
-from nanochat.tasks.choice import MultipleChoice, render_choice
+from nanochat.tasks.choice import MultipleChoice, RestatedChoice, render_choice
 from nanochat.tasks.common import Row, Rows
 
 
@@ -30,6 +30,20 @@ def test_conversation(answer: object) -> None:
     assert not mc.evaluate(conversation, "A")
     assert mc.reward(conversation, "B") == 1.0
     assert mc.reward(conversation, "") == 0.0
+
+
+def test_restated_choice_wants_the_whole_line() -> None:
+    row = {"question": "What barks?", "choices": ["a cat", "a dog"], "answer": 1, "restate": True}
+    mc = RestatedChoice(Rows([("file", [row], None)]))
+    conversation = mc[0]
+    assert mc.eval_type == "generative"
+    ask, reply = (m["content"] for m in conversation["messages"])
+    assert ask == "What barks?\n- a cat=A\n- a dog=B\nAnswer with the line."
+    assert reply == conversation["expected"] == "- a dog=B"
+    assert conversation["letters"] == ["A", "B"]  # one of so many lines: the chance level
+    assert mc.evaluate(conversation, "- a dog=B")
+    for wrong in ("B", "- a dog=A", "- a cat=B", "- a dog=B.", ""):
+        assert not mc.evaluate(conversation, wrong)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nanochat.common import UserError
-from nanochat.tasks.choice import MultipleChoice
+from nanochat.tasks.choice import MultipleChoice, RestatedChoice
 from nanochat.tasks.common import get_task
 from nanochat.tasks.custom import Custom, mentions
 from nanochat.tasks.gsm8k import GSM8K
@@ -20,6 +20,7 @@ CHAT = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", 
 ROWS: dict[type, dict[str, Any]] = {
     Custom: {**CHAT, "source": "me"},
     MultipleChoice: {"question": "q", "choices": ["a", "b"], "answer": 0, "subject": "s"},
+    RestatedChoice: {"question": "q", "choices": ["a", "b"], "answer": 0, "restate": True},
     GSM8K: {"question": "q", "answer": "#### 4"},
     HumanEval: {"prompt": "def f():\n", "test": "def check(c): pass", "entry_point": "f"},
     SimpleSpelling: {"word": "apple"},

@@ -1,0 +1,462 @@
+//! Hand-written scanners for the split patterns that everybody uses.
+//!
+//! They cut exactly as the regex engine does, many times faster: one look at a character's class
+//! (from a table, made of the same Unicode data that the engine has) decides how a piece goes on,
+//! and nothing is ever tried twice. [`Scanner::of`] knows the patterns by their text; any other
+//! pattern goes through the engine.
+//!
+//! Three families, named by where they come from:
+//!
+//! - **cl100k** (GPT-4, Qwen2.5, nanochat): a contraction; letters, with any one character before
+//!   them that is no line break; up to k digits; other characters, with a blank before and line
+//!   breaks after them; white space up to its last line break; white space but its last character
+//!   (which goes with the next piece); white space.
+//! - **gpt2**: contractions in lower case only; letters, digits or others, each with a blank
+//!   before; white space.
+//! - **o200k** (GPT-4o): as cl100k, with words cut where a small letter meets a capital, and the
+//!   contraction at the end of its word.
+
+use std::sync::OnceLock;
+
+use regex_syntax::hir::{Class as HirClass, HirKind};
+
+/// What a character is. Two bits of kind for every pattern; the rest is for o200k only.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Class(u8);
+
+impl Class {
+    const OTHER: u8 = 0;
+    const LETTER: u8 = 1; // \p{L}
+    const NUMBER: u8 = 2; // \p{N}
+    const SPACE: u8 = 3; // \s
+    const KIND: u8 = 3;
+    const BREAK: u8 = 4; // \r or \n
+    const UPPER: u8 = 8; // [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]: what an o200k word begins with
+    const LOWER: u8 = 16; // [\p{Ll}\p{Lm}\p{Lo}\p{M}]: and what it ends with
+
+    fn kind(self) -> u8 {
+        self.0 & Self::KIND
+    }
+
+    fn is(self, flag: u8) -> bool {
+        self.0 & flag != 0
+    }
+}
+
+/// The class of every character: a megabyte, filled in a millisecond at first use.
+fn classes() -> &'static [u8] {
+    static TABLE: OnceLock<Vec<u8>> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        let mut table = vec![Class::OTHER; char::MAX as usize + 1];
+        let flags = [
+            (r"\p{L}", Class::LETTER),
+            (r"\p{N}", Class::NUMBER),
+            (r"\s", Class::SPACE),
+            (r"[\r\n]", Class::BREAK),
+            (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", Class::UPPER),
+            (r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", Class::LOWER),
+        ];
+        for (pattern, flag) in flags {
+            // The engine's own parser, so that both know the same version of Unicode.
+            let parsed = regex_syntax::parse(pattern).map(regex_syntax::hir::Hir::into_kind);
+            let Ok(HirKind::Class(HirClass::Unicode(class))) = parsed else { continue };
+            for range in class.ranges() {
+                for entry in &mut table[range.start() as usize..=range.end() as usize] {
+                    *entry |= flag;
+                }
+            }
+        }
+        table
+    })
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    Cl100k { digits: usize },
+    Gpt2,
+    O200k,
+}
+
+/// A scanner for one of the known patterns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scanner {
+    family: Family,
+    /// White space at the very end of a text is one piece (`\s++$` in tiktoken's patterns).
+    whole_tail: bool,
+}
+
+/// The known patterns. `{k}` stands for 1 to 3 digits.
+const PATTERNS: [(&str, Scanner); 8] = [
+    // nanochat
+    (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,{k}}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+        Scanner { family: Family::Cl100k { digits: 3 }, whole_tail: false },
+    ),
+    // cl100k, as first published and as tiktoken has it now
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,{k}}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        Scanner { family: Family::Cl100k { digits: 3 }, whole_tail: false },
+    ),
+    (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,{k}}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+        Scanner { family: Family::Cl100k { digits: 3 }, whole_tail: true },
+    ),
+    // Qwen2, Qwen2.5
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        Scanner { family: Family::Cl100k { digits: 1 }, whole_tail: false },
+    ),
+    // GPT-2, as first published and as tiktoken has it now
+    (
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        Scanner { family: Family::Gpt2, whole_tail: false },
+    ),
+    (
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+        Scanner { family: Family::Gpt2, whole_tail: true },
+    ),
+    // o200k
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        Scanner { family: Family::O200k, whole_tail: false },
+    ),
+    // GPT-2's order of contractions in Hugging Face's ByteLevel pre-tokenizer
+    (
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        Scanner { family: Family::Gpt2, whole_tail: false },
+    ),
+];
+
+impl Scanner {
+    /// The scanner that cuts as `pattern` does, if it is a known one.
+    pub fn of(pattern: &str) -> Option<Self> {
+        for (known, scanner) in PATTERNS {
+            if known == pattern {
+                return Some(scanner);
+            }
+            for digits in 1..=3 {
+                if known.contains("{k}") && known.replace("{k}", &digits.to_string()) == pattern {
+                    return Some(Self { family: Family::Cl100k { digits }, ..scanner });
+                }
+            }
+        }
+        None
+    }
+
+    /// The pieces of `text`, from left to right. Together they are the text.
+    pub fn pieces<'t>(&self, text: &'t str) -> Pieces<'t> {
+        Pieces { text, at: 0, classes: classes(), scanner: *self }
+    }
+}
+
+/// Iterator over the pieces of a text.
+pub struct Pieces<'t> {
+    text: &'t str,
+    at: usize,
+    classes: &'static [u8],
+    scanner: Scanner,
+}
+
+impl<'t> Iterator for Pieces<'t> {
+    type Item = &'t str;
+
+    #[inline]
+    fn next(&mut self) -> Option<&'t str> {
+        let start = self.at;
+        if start >= self.text.len() {
+            return None;
+        }
+        self.at = match self.scanner.family {
+            Family::Cl100k { digits } => self.cl100k(start, digits),
+            Family::Gpt2 => self.gpt2(start),
+            Family::O200k => self.o200k(start),
+        };
+        Some(&self.text[start..self.at])
+    }
+}
+
+impl Pieces<'_> {
+    /// The class of the character at byte `at` and where the next one begins; `None` at the end.
+    #[inline(always)]
+    fn look(&self, at: usize) -> Option<(Class, usize)> {
+        let &byte = self.text.as_bytes().get(at)?;
+        if byte < 0x80 {
+            return Some((Class(self.classes[byte as usize]), at + 1));
+        }
+        self.look_wide(at)
+    }
+
+    #[inline(never)]
+    fn look_wide(&self, at: usize) -> Option<(Class, usize)> {
+        let c = self.text[at..].chars().next()?;
+        Some((Class(self.classes[c as usize]), at + c.len_utf8()))
+    }
+
+    /// The end of the run of characters of this kind that begins at `at`.
+    #[inline(always)]
+    fn run(&self, mut at: usize, kind: u8) -> usize {
+        while let Some((class, next)) = self.look(at) {
+            if class.kind() != kind {
+                break;
+            }
+            at = next;
+        }
+        at
+    }
+
+    fn cl100k(&self, start: usize, digits: usize) -> usize {
+        let Some((class, next)) = self.look(start) else { return start };
+        match class.kind() {
+            Class::LETTER => self.run(next, Class::LETTER),
+            Class::NUMBER => self.digits(next, digits),
+            kind => {
+                if let Some(end) = self.contraction(start, true) {
+                    return end;
+                }
+                let after = self.look(next).map(|(class, _)| class.kind());
+                if after == Some(Class::LETTER) && !class.is(Class::BREAK) {
+                    return self.run(next, Class::LETTER);
+                }
+                let others = if kind == Class::OTHER { Some(start) } else { None };
+                let others = others.or(self.blank_before(start, after, Class::OTHER));
+                match others {
+                    Some(at) => {
+                        let end = self.run(at, Class::OTHER);
+                        end + self.count(end, b"\r\n")
+                    }
+                    None => self.space(start, true),
+                }
+            }
+        }
+    }
+
+    fn gpt2(&self, start: usize) -> usize {
+        if let Some(end) = self.contraction(start, false) {
+            return end;
+        }
+        let Some((class, next)) = self.look(start) else { return start };
+        if class.kind() != Class::SPACE {
+            return self.run(next, class.kind());
+        }
+        match self.look(next).map(|(class, _)| class.kind()) {
+            Some(kind) if kind != Class::SPACE && self.text.as_bytes()[start] == b' ' => {
+                self.run(next, kind)
+            }
+            _ => self.space(start, false),
+        }
+    }
+
+    fn o200k(&self, start: usize) -> usize {
+        let Some((class, next)) = self.look(start) else { return start };
+        let kind = class.kind();
+        // A character before the word may be anything but a letter, a number or a line break. It
+        // is tried first; a mark can also be the beginning of the word itself.
+        let prefixed = kind != Class::LETTER && kind != Class::NUMBER && !class.is(Class::BREAK);
+        for find in [Self::word_ending_lower, Self::word_of_capitals] {
+            let with = if prefixed { find(self, next) } else { None };
+            if let Some(end) = with.or_else(|| find(self, start)) {
+                return self.contraction(end, true).unwrap_or(end);
+            }
+        }
+        if kind == Class::NUMBER {
+            return self.digits(next, 3);
+        }
+        let after = self.look(next).map(|(class, _)| class.kind());
+        let others = if kind == Class::OTHER { Some(start) } else { None };
+        match others.or(self.blank_before(start, after, Class::OTHER)) {
+            Some(at) => {
+                let end = self.run(at, Class::OTHER);
+                end + self.count(end, b"\r\n/")
+            }
+            None => self.space(start, true),
+        }
+    }
+
+    /// `[UPPER]*[LOWER]+`: the end of its longest match at `at`, as a backtracking engine finds it.
+    fn word_ending_lower(&self, at: usize) -> Option<usize> {
+        let (mut end, mut last_both) = (at, None);
+        while let Some((class, next)) = self.look(end) {
+            if !class.is(Class::UPPER) {
+                break;
+            }
+            if class.is(Class::LOWER) {
+                last_both = Some(next); // giving back down to here leaves one character for LOWER
+            }
+            end = next;
+        }
+        let lower = self.flagged(end, Class::LOWER);
+        if lower > end { Some(lower) } else { last_both }
+    }
+
+    /// `[UPPER]+[LOWER]*`, where the first did not match: there is no LOWER then.
+    fn word_of_capitals(&self, at: usize) -> Option<usize> {
+        let end = self.flagged(at, Class::UPPER);
+        (end > at).then(|| self.flagged(end, Class::LOWER))
+    }
+
+    /// The end of the run of characters with this flag.
+    fn flagged(&self, mut at: usize, flag: u8) -> usize {
+        while let Some((class, next)) = self.look(at) {
+            if !class.is(flag) {
+                break;
+            }
+            at = next;
+        }
+        at
+    }
+
+    /// Up to `most` digits, the first of which ends at `at`.
+    fn digits(&self, mut at: usize, most: usize) -> usize {
+        for _ in 1..most {
+            match self.look(at) {
+                Some((class, next)) if class.kind() == Class::NUMBER => at = next,
+                _ => break,
+            }
+        }
+        at
+    }
+
+    /// Where the characters begin that follow a blank at `start`, if they are of this kind.
+    fn blank_before(&self, start: usize, after: Option<u8>, kind: u8) -> Option<usize> {
+        (self.text.as_bytes()[start] == b' ' && after == Some(kind)).then_some(start + 1)
+    }
+
+    /// How many of these bytes follow each other at `at`.
+    fn count(&self, at: usize, bytes: &[u8]) -> usize {
+        self.text.as_bytes()[at..].iter().take_while(|byte| bytes.contains(byte)).count()
+    }
+
+    /// The end of `'s`, `'t`, `'re`, `'ve`, `'m`, `'ll` or `'d` at `at`.
+    #[inline]
+    fn contraction(&self, at: usize, any_case: bool) -> Option<usize> {
+        let rest = &self.text.as_bytes()[at..];
+        if rest.first() != Some(&b'\'') {
+            return None;
+        }
+        // The long s is an s in another case, the only letter outside ASCII that folds to these.
+        if any_case && rest[1..].starts_with("ſ".as_bytes()) {
+            return Some(at + 1 + "ſ".len());
+        }
+        let fold = |i: usize| {
+            let byte = *rest.get(i)?;
+            Some(if any_case { byte.to_ascii_lowercase() } else { byte })
+        };
+        match (fold(1)?, fold(2)) {
+            (b's' | b't' | b'm' | b'd', _) => Some(at + 2),
+            (b'l', Some(b'l')) | (b'v' | b'r', Some(b'e')) => Some(at + 3),
+            _ => None,
+        }
+    }
+
+    /// The end of the piece of white space that begins at `start`. With `lines` it goes up to the
+    /// last line break if there is one.
+    fn space(&self, start: usize, lines: bool) -> usize {
+        let (mut end, mut last, mut after_break) = (start, start, None);
+        while let Some((class, next)) = self.look(end) {
+            if class.kind() != Class::SPACE {
+                break;
+            }
+            if class.is(Class::BREAK) {
+                after_break = Some(next);
+            }
+            (last, end) = (end, next);
+        }
+        match after_break {
+            _ if self.scanner.whole_tail && end == self.text.len() => end,
+            Some(at) if lines => at,
+            // The last character goes with the next piece, if it is not the only one.
+            _ if end < self.text.len() && last > start => last,
+            _ => end,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fancy_regex::Regex;
+
+    fn known() -> Vec<String> {
+        let digits = |p: &str| (1..=3).map(|k| p.replace("{k}", &k.to_string())).collect::<Vec<_>>();
+        let mut patterns: Vec<String> = PATTERNS.iter().flat_map(|(p, _)| digits(p)).collect();
+        patterns.sort();
+        patterns.dedup();
+        patterns
+    }
+
+    fn same(pattern: &str, regex: &Regex, text: &str) {
+        let scanned: Vec<&str> = Scanner::of(pattern).unwrap().pieces(text).collect();
+        let matched: Vec<&str> = regex.find_iter(text).map(|m| m.unwrap().as_str()).collect();
+        assert_eq!(scanned, matched, "{pattern} on {text:?}");
+    }
+
+    #[test]
+    fn unknown_patterns_have_no_scanner() {
+        assert_eq!(Scanner::of(r"\w+|\s+"), None);
+        assert!(known().iter().all(|p| Scanner::of(p).is_some()));
+    }
+
+    #[test]
+    fn by_hand() {
+        let nanochat = known().into_iter().find(|p| p.contains(r"{1,2}|")).unwrap();
+        let cut = |text| Scanner::of(&nanochat).unwrap().pieces(text).collect::<Vec<_>>();
+        assert_eq!(cut("I'll pay 1234!\n\n  ok"), ["I", "'ll", " pay", " ", "12", "34", "!\n\n", " ", " ok"]);
+        assert_eq!(cut(" \n \t x"), [" \n", " \t", " x"]);
+        assert_eq!(cut(""), Vec::<&str>::new());
+    }
+
+    /// Every character alone and among letters, digits, blanks, quotes and line breaks.
+    #[test]
+    fn every_character() {
+        for pattern in known() {
+            let regex = Regex::new(&pattern).unwrap();
+            let mut text = String::new();
+            for c in '\0'..=char::MAX {
+                for context in ["", "a", "1", " ", "'", "\n", "  ", "!"] {
+                    text.push_str(context);
+                    text.push(c);
+                }
+                if text.len() > 1 << 12 {
+                    same(&pattern, &regex, &text);
+                    text.clear();
+                }
+                if cfg!(debug_assertions) && c as u32 % 7 != 0 && c as u32 > 0x3000 {
+                    text.clear(); // all of them where the code is optimised
+                }
+            }
+            same(&pattern, &regex, &text);
+        }
+    }
+
+    /// Random texts from characters that the patterns treat differently.
+    #[test]
+    fn random_texts() {
+        let alphabet: Vec<char> =
+            "aZsStTdDmMlLvVrReE''''''  \t\n\n\r/!.-19٣½é漢ǅʰ\u{301}\u{308}\u{a0}\u{2028}ſK🙂İ\u{200d}"
+                .chars()
+                .collect();
+        let mut random = crate::random(11);
+        for pattern in known() {
+            let regex = Regex::new(&pattern).unwrap();
+            let rounds = if cfg!(debug_assertions) { 1_500 } else { 60_000 };
+            for _ in 0..rounds {
+                let length = random(24);
+                let text: String = (0..length)
+                    .map(|_| alphabet[random(alphabet.len() as u64) as usize])
+                    .collect();
+                same(&pattern, &regex, &text);
+            }
+        }
+    }
+
+    #[test]
+    fn long_runs_take_linear_time() {
+        for pattern in known() {
+            for run in ["a", " ", "!", "\n", "1", "é", " \n", "'", "aA", "\u{301}"] {
+                let text = run.repeat(1 << 20);
+                let total: usize = Scanner::of(&pattern).unwrap().pieces(&text).map(str::len).sum();
+                assert_eq!(total, text.len());
+            }
+        }
+    }
+}
