@@ -82,16 +82,15 @@ class TextSource:
 
     def _prepare(self, paths: list[Path], folder: Path) -> Documents:
         """Tokenizes files into a temporary folder, then renames it: all of it, or nothing."""
-        dtype = np.uint16 if self.tokenizer.get_vocab_size() <= 2**16 else np.uint32
         bos = self.tokenizer.get_bos_token_id()
         chunks: list[np.ndarray] = []
-        lengths: list[int] = []
+        lengths: list[np.ndarray] = []
         for path in paths:
             before = len(lengths)
-            for texts in _batched(iter_texts([path], keep=self.keep), 512):
-                for ids in self.tokenizer.encode(texts, prepend=bos):
-                    chunks.append(np.asarray(ids, dtype=dtype))
-                    lengths.append(len(ids))
+            for texts in _batched(iter_texts([path], keep=self.keep), 2048):
+                ids, offsets = self.tokenizer.encode_batch(texts, prepend=bos)
+                chunks.append(ids)
+                lengths.append(np.diff(offsets))
             if len(lengths) == before and self.keep == "all":
                 raise UserError(f"{path} holds no documents; remove it or name others")
         if not lengths:
@@ -104,8 +103,10 @@ class TextSource:
             with atomic_write(tmp / "ids.npy") as f:
                 np.save(f, np.concatenate(chunks))
             with atomic_write(tmp / "offsets.npy") as f:
-                np.save(f, np.cumsum([0, *lengths], dtype=np.int64))
-            write_json(tmp / "meta.json", {"documents": len(lengths), "tokens": sum(lengths)})
+                offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+                np.save(f, offsets)
+            meta = {"documents": len(offsets) - 1, "tokens": int(offsets[-1])}
+            write_json(tmp / "meta.json", meta)
             try:
                 tmp.rename(folder)
             except OSError:  # another process was faster (its copy is the same), or a torn one

@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import tiktoken
@@ -177,6 +177,32 @@ class Tokenizer:
             rows = [self._encode_text(t) for t in text]
         return [before + row + after for row in rows] if before or after else rows
 
+    def encode_batch(
+        self, texts: Sequence[str], prepend: str | int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, offsets) of many texts: text i is ids[offsets[i] : offsets[i + 1]].
+
+        The same ids as `encode`, from rustbpe on all cores, without a Python object for each.
+        ids is uint16 where the vocabulary allows it, else uint32; offsets is int64, (n + 1,)."""
+        dtype = np.uint16 if self.get_vocab_size() <= 2**16 else np.uint32
+        if self._encoder is None:
+            rows = self.encode(list(texts), prepend)
+            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+            ids = np.fromiter((id for row in rows for id in row), dtype, count=int(offsets[-1]))
+            return ids, offsets
+        before = None if prepend is None else self._special_id(prepend)
+        ids, offsets = self._encoder.encode_batch([self._normalized(t) for t in texts], before)
+        return ids.astype(dtype, copy=False), offsets
+
+    @cached_property
+    def _encoder(self) -> Any:
+        """The fast way to ids, where the installed rustbpe has it (PyPI's 0.1.0 has not)."""
+        try:
+            from rustbpe import Encoder
+        except ImportError:
+            return None
+        return Encoder(self.vocabulary.ranks, self.vocabulary.pattern)
+
     def _special_id(self, token: str | int) -> int:
         return self.encode_special(token) if isinstance(token, str) else token
 
@@ -190,6 +216,8 @@ class Tokenizer:
         text = self._normalized(text)
         if len(text) <= MAX_SPACE_RUN:
             return self._encoding.encode_ordinary(text)
+        if self._encoder is not None:
+            return self._encoder.encode(text)
         pieces = _cut_long_spaces(text)
         return [id for piece in pieces for id in self._encoding.encode_ordinary(piece)]
 

@@ -28,23 +28,19 @@ TEXTS = [f"The boat number {i} comes back before sunrise, isn't it?" for i in ra
 
 
 class Counting:
-    """A tokenizer that counts the texts it encodes, and may pretend to be large or another one."""
+    """A tokenizer that counts the texts it encodes, and may pretend to be another one."""
 
-    def __init__(self, vocab_size: int | None = None, fingerprint: str = "") -> None:
+    def __init__(self, fingerprint: str = "") -> None:
         self.inner = tiny_tokenizer()
-        self.vocab_size = vocab_size or self.inner.get_vocab_size()
         self.fingerprint = fingerprint or self.inner.fingerprint
         self.encoded = 0
-
-    def get_vocab_size(self) -> int:
-        return self.vocab_size
 
     def get_bos_token_id(self) -> int:
         return self.inner.get_bos_token_id()
 
-    def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], prepend: int) -> tuple[np.ndarray, np.ndarray]:
         self.encoded += len(texts)
-        return self.inner.encode(texts, prepend=prepend)
+        return self.inner.encode_batch(texts, prepend=prepend)
 
 
 def jsonl(path: Path, texts: list[str]) -> Path:
@@ -81,14 +77,6 @@ def test_documents_begin_with_bos_and_are_the_texts(tmp_path: Path) -> None:
     assert documents.trained is None
     assert documents.lengths.sum() == len(documents.ids) == documents.offsets[-1]
     assert isinstance(documents.ids, np.memmap)  # a shard need not fit into memory
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
-def test_ids_are_as_narrow_as_the_vocabulary_allows(
-    tmp_path: Path, vocab_size: int, dtype: type
-) -> None:
-    path = jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert load([path], Counting(vocab_size)).ids.dtype == dtype
 
 
 def test_rows_of_a_text_source_begin_with_bos(tmp_path: Path) -> None:
@@ -223,9 +211,9 @@ def test_many_may_prepare_the_same_shard_at_once(tmp_path: Path) -> None:
     results: list[list[str]] = []
 
     class Waiting(Counting):
-        def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
+        def encode_batch(self, texts: list[str], prepend: int) -> tuple[np.ndarray, np.ndarray]:
             together.wait(20)  # all six have found the cache empty
-            return super().encode(texts, prepend)
+            return super().encode_batch(texts, prepend)
 
     tokenizer = Waiting()
     source = TextSource([path], tokenizer)  # one object, as in a process with a thread ahead

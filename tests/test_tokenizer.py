@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,25 @@ def test_a_list_is_encoded_like_its_texts() -> None:
             [bos, *ids, 5] for ids in one_by_one
         ]
     assert tiny_tokenizer().encode([]) == []
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["rustbpe", "tiktoken"])
+def test_a_batch_is_encoded_like_its_texts(fast: bool) -> None:
+    texts = [*ODD_TEXTS, "", "a\ud800b", *random_texts(seed=5, count=50)]
+    for made in (tiny_tokenizer(), tiny_qwen()):
+        tokenizer = Tokenizer(made.vocabulary)
+        if not fast:
+            tokenizer.__dict__["_encoder"] = None  # as where PyPI's rustbpe 0.1.0 is installed
+        elif tokenizer._encoder is None:
+            pytest.skip("PyPI's rustbpe 0.1.0 has no Encoder")
+        ids, offsets = tokenizer.encode_batch(texts, prepend="<|bos|>")
+        assert ids.dtype == np.uint16 and offsets.dtype == np.int64
+        rows = [ids[a:b].tolist() for a, b in pairwise(offsets.tolist())]
+        assert rows == tokenizer.encode(texts, prepend="<|bos|>")
+        ids, offsets = tokenizer.encode_batch([])
+        assert len(ids) == 0 and offsets.tolist() == [0]
+        tokenizer.get_vocab_size = lambda: 65_537  # type: ignore[method-assign]
+        assert tokenizer.encode_batch(texts)[0].dtype == np.uint32
 
 
 def test_prepend_and_append_take_names_and_ids() -> None:

@@ -2,7 +2,8 @@
 Writes the primer data: python -m nanochat.primer [--seed=1] [--out=DIR] [--show=5]
 
 base_data/ and primer_lists/ (pretraining shards), task_data/primer-*/ (conversations and tasks,
-train and test) and eval_bundle/ appear under $NANOCHAT_BASE_DIR or --out. The same seed writes the same bytes.
+train and test) and eval_bundle/ appear under $NANOCHAT_BASE_DIR or --out. The same seed writes the
+same bytes.
 """
 
 from __future__ import annotations

@@ -1,20 +1,96 @@
 //! Counting equal pieces, in parallel.
 //!
-//! Every thread counts into a map of its own from the first text to the last, so there is nothing
-//! to lock; the maps are added up once at the end. The price is memory: a frequent piece is held
+//! Every thread counts into a table of its own from the first text to the last, so there is nothing
+//! to lock; the tables are added up once at the end. The price is memory: a frequent piece is held
 //! once a thread. The sum depends neither on the number of threads nor on who took which text.
 
 use rustc_hash::FxHashMap;
 
 use crate::Result;
+use crate::pack::{self, hash, pack, unpack};
 use crate::parallel::{self, Check};
 use crate::split::Splitter;
 
-/// How often each distinct piece occurs.
-pub type Counts = FxHashMap<Box<str>, u64>;
-
 /// Pieces between two checks for an interrupt, well under a millisecond.
 const PIECES_A_BEAT: usize = 1024;
+
+/// How often each distinct piece occurs.
+#[derive(Debug, Clone, Default)]
+pub struct Counts {
+    short: Table,
+    long: FxHashMap<Box<[u8]>, u64>,
+}
+
+impl Counts {
+    #[inline]
+    fn add(&mut self, piece: &[u8], count: u64) {
+        if piece.len() <= pack::LONGEST {
+            self.short.add(pack(piece), count);
+        } else if let Some(known) = self.long.get_mut(piece) {
+            *known += count; // looked up before a key is made: most have been seen before
+        } else {
+            self.long.insert(piece.into(), count);
+        }
+    }
+
+    /// Distinct pieces.
+    pub fn len(&self) -> usize {
+        self.short.len + self.long.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Every piece with its count, in no particular order.
+    pub fn into_pieces(self) -> impl Iterator<Item = (Vec<u8>, u64)> {
+        let short = self.short.slots.into_iter().filter(|&(_, count)| count > 0);
+        let short = short.map(|(key, count)| (unpack(key), count));
+        short.chain(self.long.into_iter().map(|(piece, count)| (piece.into_vec(), count)))
+    }
+}
+
+/// Packed pieces and their counts: open addressing, the next free place after the hash's own.
+#[derive(Debug, Clone, Default)]
+struct Table {
+    slots: Vec<(u128, u64)>, // a power of two of them, at most half in use; count 0 is free
+    len: usize,
+}
+
+impl Table {
+    #[inline]
+    fn add(&mut self, key: u128, count: u64) {
+        if self.len * 2 >= self.slots.len() {
+            self.grow();
+        }
+        let mask = self.slots.len() - 1;
+        let mut place = hash(key) as usize & mask;
+        loop {
+            let slot = &mut self.slots[place];
+            if slot.1 == 0 {
+                *slot = (key, count);
+                self.len += 1;
+                return;
+            }
+            if slot.0 == key {
+                slot.1 += count;
+                return;
+            }
+            place = (place + 1) & mask;
+        }
+    }
+
+    #[cold]
+    fn grow(&mut self) {
+        let size = (self.slots.len() * 2).max(1 << 10);
+        let old = std::mem::replace(self, Self { slots: vec![(0, 0); size], len: 0 });
+        for (key, count) in old.slots {
+            if count > 0 {
+                self.add(key, count);
+            }
+        }
+    }
+}
 
 /// Counts the pieces of texts that arrive in batches.
 pub struct Counter {
@@ -39,14 +115,7 @@ impl Counter {
         parallel::for_each(&mut self.workers[..threads], texts.len(), check, |worker, i, pulse| {
             let (splitter, counts) = worker;
             for (k, piece) in splitter.pieces(texts[i].as_ref()).enumerate() {
-                let piece = piece.map_err(|e| e.in_text(first + i))?;
-                // Look up before making a key: nearly every piece has been seen before.
-                match counts.get_mut(piece) {
-                    Some(count) => *count += 1,
-                    None => {
-                        counts.insert(piece.into(), 1);
-                    }
-                }
+                counts.add(piece.map_err(|e| e.in_text(first + i))?.as_bytes(), 1);
                 if k % PIECES_A_BEAT == PIECES_A_BEAT - 1 {
                     pulse.beat()?;
                 }
@@ -57,13 +126,13 @@ impl Counter {
 
     /// The counts over all texts.
     pub fn finish(self) -> Counts {
-        let mut maps: Vec<Counts> = self.workers.into_iter().map(|(_, counts)| counts).collect();
-        // Into the largest map, so that as few keys as possible move.
-        maps.sort_unstable_by_key(Counts::len);
-        let mut total = maps.pop().unwrap_or_default();
-        for map in maps {
-            for (piece, count) in map {
-                *total.entry(piece).or_default() += count;
+        let mut all: Vec<Counts> = self.workers.into_iter().map(|(_, counts)| counts).collect();
+        // Into the largest table, so that as few keys as possible move.
+        all.sort_unstable_by_key(Counts::len);
+        let mut total = all.pop().unwrap_or_default();
+        for counts in all {
+            for (piece, count) in counts.into_pieces() {
+                total.add(&piece, count);
             }
         }
         total
@@ -72,22 +141,25 @@ impl Counter {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::Error;
 
-    fn count(texts: &[String], batch: usize, threads: usize) -> Counts {
+    fn count(texts: &[String], batch: usize, threads: usize) -> BTreeMap<String, u64> {
         let mut counter = Counter::new(&Splitter::new(r"\w+|\s+").unwrap(), threads).unwrap();
         for texts in texts.chunks(batch) {
             counter.add(texts, &mut || true).unwrap();
         }
-        counter.finish()
+        let pieces = counter.finish().into_pieces();
+        pieces.map(|(piece, count)| (String::from_utf8(piece).unwrap(), count)).collect()
     }
 
     #[test]
     fn counts_by_hand() {
         let counts = count(&["a bb a!".to_owned(), String::new(), "bb".to_owned()], 2, 1);
         let expected = [("a", 2), ("bb", 2), (" ", 2)].map(|(piece, n)| (piece.into(), n));
-        assert_eq!(counts, Counts::from_iter(expected)); // the '!' is matched by nothing
+        assert_eq!(counts, BTreeMap::from_iter(expected)); // the '!' is matched by nothing
     }
 
     #[test]
@@ -99,6 +171,19 @@ mod tests {
         assert_eq!(one.values().sum::<u64>(), 200 * 300 * 4);
         assert_eq!(one, count(&texts, 1000, 4));
         assert_eq!(one, count(&texts, 64, 3));
+    }
+
+    #[test]
+    fn short_and_long_pieces_against_a_plain_map() {
+        let mut random = crate::random(5);
+        let texts: Vec<String> = (0..3000)
+            .map(|_| "ab".repeat(random(20) as usize) + &random(500).to_string())
+            .collect();
+        let mut expected = BTreeMap::new();
+        for text in &texts {
+            *expected.entry(text.clone()).or_insert(0) += 1;
+        }
+        assert_eq!(count(&texts, 100, 2), expected);
     }
 
     #[test]

@@ -5,9 +5,11 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 
 use rustc_hash::FxHashMap;
 
+use crate::pack::{self, pack};
 use crate::parallel::{self, Check, Pulse};
 use crate::split::Splitter;
 use crate::train::Pair;
@@ -22,24 +24,73 @@ const PIECES_A_BEAT: usize = 1024;
 /// "This pair has no merge": later than every merge.
 const NEVER: u32 = u32::MAX;
 
-/// The tokens: 256 bytes, then one for each merge.
-#[derive(Debug, Clone, Default)]
+/// The tokens and what they are made of.
+#[derive(Debug, Clone)]
 pub struct Vocabulary {
-    merged: FxHashMap<Pair, u32>, // pair -> id, which is its rank too
-    tokens: Vec<Box<[u8]>>,       // id -> bytes
+    merged: FxHashMap<Pair, u32>,     // pair -> id, which is its rank too
+    tokens: Vec<Box<[u8]>>,           // id -> bytes
+    bytes: [u32; 256],                // byte -> id
+    whole: FxHashMap<Box<[u8]>, u32>, // bytes -> id; empty if only merges decide
+}
+
+impl Default for Vocabulary {
+    /// The bytes alone.
+    fn default() -> Self {
+        let tokens = (0..=u8::MAX).map(|byte| [byte].into()).collect();
+        let bytes = std::array::from_fn(|byte| byte as u32);
+        Self { merged: FxHashMap::default(), tokens, bytes, whole: FxHashMap::default() }
+    }
 }
 
 impl Vocabulary {
     /// The vocabulary of `merges`, in the order in which they were learned. `None` if a merge
     /// names a token that does not exist yet.
     pub fn new(merges: &[Pair]) -> Option<Self> {
-        let mut tokens: Vec<Box<[u8]>> = (0..=u8::MAX).map(|byte| [byte].into()).collect();
+        let mut made = Self::default();
         for &(a, b) in merges {
-            let (a, b) = (tokens.get(a as usize)?, tokens.get(b as usize)?);
-            tokens.push([&a[..], &b[..]].concat().into());
+            let (a, b) = (made.tokens.get(a as usize)?, made.tokens.get(b as usize)?);
+            made.tokens.push([&a[..], &b[..]].concat().into());
         }
-        let merged = merges.iter().copied().zip(FIRST_MERGE_ID..).collect();
-        Some(Self { merged, tokens })
+        made.merged = merges.iter().copied().zip(FIRST_MERGE_ID..).collect();
+        Some(made)
+    }
+
+    /// The vocabulary in which any two tokens merge whose bytes together are a token, the one of
+    /// the lowest id first, and a piece that is a token is that token: tiktoken's rule.
+    pub fn from_ranks(ranks: Vec<(Vec<u8>, u32)>) -> Result<Self> {
+        let n = ranks.len();
+        let mut tokens: Vec<Option<Box<[u8]>>> = vec![None; n];
+        let mut whole = FxHashMap::default();
+        for (token, id) in ranks {
+            let error = |reason: &str| Error::Ranks { id, reason: reason.to_owned() };
+            let place = tokens.get_mut(id as usize);
+            let place = place.ok_or_else(|| error(&format!("there are only {n} tokens")))?;
+            if token.is_empty() {
+                return Err(error("it has no bytes"));
+            }
+            if place.is_some() {
+                return Err(error("two tokens have it"));
+            }
+            if whole.insert(token.clone().into_boxed_slice(), id).is_some() {
+                return Err(error("another token has the same bytes"));
+            }
+            *place = Some(token.into_boxed_slice());
+        }
+        // n different ids below n: every one of them
+        let tokens: Vec<Box<[u8]>> = tokens.into_iter().flatten().collect();
+        let mut bytes = [NEVER; 256];
+        for byte in 0..=u8::MAX {
+            bytes[byte as usize] = *whole.get(&[byte][..]).ok_or(Error::NoByte { byte })?;
+        }
+        let mut merged = FxHashMap::default();
+        for (id, token) in tokens.iter().enumerate() {
+            for cut in 1..token.len() {
+                if let (Some(&a), Some(&b)) = (whole.get(&token[..cut]), whole.get(&token[cut..])) {
+                    merged.insert((a, b), id as u32);
+                }
+            }
+        }
+        Ok(Self { merged, tokens, bytes, whole })
     }
 
     /// The bytes of every token, by id.
@@ -63,18 +114,21 @@ impl Vocabulary {
 
     /// Appends the ids of one piece, in which every merge that applies is made.
     pub fn encode_piece(&self, piece: &[u8], ids: &mut Vec<u32>) {
-        if piece.len() <= SHORT {
+        if let Some(&id) = self.whole.get(piece) {
+            ids.push(id);
+        } else if piece.len() <= SHORT {
             self.merge_short(piece, ids);
         } else {
             self.merge_long(piece, ids);
         }
     }
 
-    /// The ids of a text, cut by `splitter`; without one, the text is one piece.
+    /// Appends the ids of a text, cut by `splitter`; without one, the text is one piece.
     fn encode(
         &self,
         splitter: Option<&Splitter>,
         text: &str,
+        cache: &mut Cache,
         ids: &mut Vec<u32>,
         pulse: &mut Pulse<'_>,
     ) -> Result<()> {
@@ -83,7 +137,7 @@ impl Vocabulary {
             return Ok(());
         };
         for (k, piece) in splitter.pieces(text).enumerate() {
-            self.encode_piece(piece?.as_bytes(), ids);
+            cache.encode(self, piece?.as_bytes(), ids);
             if k % PIECES_A_BEAT == PIECES_A_BEAT - 1 {
                 pulse.beat()?;
             }
@@ -91,27 +145,49 @@ impl Vocabulary {
         Ok(())
     }
 
-    /// The ids of many texts, in parallel where it is worth it. Error indices count from 0.
+    /// The ids of many texts, in parallel where it is worth it, each text's after those of
+    /// `prepend`. Error indices count from 0.
     pub fn encode_batch<T: AsRef<str> + Sync>(
         &self,
         splitter: Option<&Splitter>,
         texts: &[T],
+        prepend: &[u32],
         check: Check<'_>,
-    ) -> Result<Vec<Vec<u32>>> {
+    ) -> Result<Encoded> {
         let bytes = texts.iter().map(|text| text.as_ref().len()).sum();
-        // Each thread keeps what it made with its index; the results are put in order at the end.
-        let mut made: Vec<Vec<(usize, Vec<u32>)>> = vec![Vec::new(); parallel::threads_for(bytes)];
-        parallel::for_each(&mut made, texts.len(), check, |mine, i, pulse| {
-            let mut ids = Vec::new();
-            self.encode(splitter, texts[i].as_ref(), &mut ids, pulse).map_err(|e| e.in_text(i))?;
-            mine.push((i, ids));
+        let threads = parallel::threads_for(bytes);
+        let mut workers = (0..threads)
+            .map(|_| {
+                let splitter = splitter.map(Splitter::recompile).transpose()?;
+                Ok((splitter, Cache::new(bytes / threads), Encoded::default()))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        parallel::for_each(&mut workers, texts.len(), check, |worker, i, pulse| {
+            let (splitter, cache, made) = worker;
+            let start = made.ids.len();
+            made.ids.extend_from_slice(prepend);
+            self.encode(splitter.as_ref(), texts[i].as_ref(), cache, &mut made.ids, pulse)
+                .map_err(|e| e.in_text(i))?;
+            made.rows.push((i, start..made.ids.len()));
             Ok(())
         })?;
-        let mut ordered = vec![Vec::new(); texts.len()];
-        for (i, ids) in made.into_iter().flatten() {
-            ordered[i] = ids;
+        if workers.len() == 1 {
+            return Ok(workers.pop().map(|(_, _, made)| made).unwrap_or_default());
         }
-        Ok(ordered)
+        // Each thread kept what it made; here it is put in order.
+        let mut parts: Vec<(usize, &[u32])> = Vec::with_capacity(texts.len());
+        for (_, _, made) in &workers {
+            parts.extend(made.rows.iter().map(|(i, row)| (*i, &made.ids[row.clone()])));
+        }
+        parts.sort_unstable_by_key(|&(i, _)| i);
+        let mut all = Encoded::default();
+        all.ids.reserve_exact(parts.iter().map(|(_, row)| row.len()).sum());
+        for (i, row) in parts {
+            let start = all.ids.len();
+            all.ids.extend_from_slice(row);
+            all.rows.push((i, start..all.ids.len()));
+        }
+        Ok(all)
     }
 
     /// The id that the pair `(a, b)` merges into, or [`NEVER`].
@@ -122,7 +198,7 @@ impl Vocabulary {
     /// Finds the earliest merge by looking at all pairs each time.
     fn merge_short(&self, piece: &[u8], ids: &mut Vec<u32>) {
         let first = ids.len();
-        ids.extend(piece.iter().map(|&byte| u32::from(byte)));
+        ids.extend(piece.iter().map(|&byte| self.bytes[byte as usize]));
         // ranks[i] is that of the pair which begins at the token ids[first + i].
         let mut ranks: Vec<u32> =
             ids[first..].windows(2).map(|pair| self.rank(pair[0], pair[1])).collect();
@@ -150,7 +226,7 @@ impl Vocabulary {
     fn merge_long(&self, piece: &[u8], ids: &mut Vec<u32>) {
         const END: usize = usize::MAX;
         let n = piece.len();
-        let mut tokens: Vec<u32> = piece.iter().map(|&byte| u32::from(byte)).collect();
+        let mut tokens: Vec<u32> = piece.iter().map(|&byte| self.bytes[byte as usize]).collect();
         let mut next: Vec<usize> = (1..n).chain([END]).collect();
         let mut previous: Vec<usize> = [END].into_iter().chain(0..n).collect();
         let mut heap = BinaryHeap::new(); // the smallest rank on top, of equals the leftmost
@@ -181,6 +257,75 @@ impl Vocabulary {
             }
         }
         ids.extend(tokens.into_iter().filter(|&id| id != NEVER));
+    }
+}
+
+/// Many texts as ids, one after the other.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Encoded {
+    ids: Vec<u32>,
+    rows: Vec<(usize, Range<usize>)>, // index of the text, and where its ids are; in order
+}
+
+impl Encoded {
+    /// The ids of all texts, joined.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// The ids of each text.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = &[u32]> {
+        self.rows.iter().map(|(_, row)| &self.ids[row.clone()])
+    }
+}
+
+/// What the last pieces became. Text repeats itself: nine pieces in ten are found here.
+///
+/// One place for each hash and no search: a piece that falls on another's place takes it. So the
+/// size is fixed, small enough for the processor's cache, and nothing is ever cleaned up.
+struct Cache {
+    entries: Vec<Entry>,
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    piece: u128, // up to 15 bytes, and their number in the highest byte; 0 is no piece
+    ids: [u32; 3],
+    count: u32,
+}
+
+impl Cache {
+    const ENTRIES: usize = 1 << 16; // 2 MiB
+
+    /// A cache for a thread that will see about so many bytes: for a single sentence, making a
+    /// large one would take longer than it saves.
+    fn new(bytes: usize) -> Self {
+        let entries = bytes.next_power_of_two().clamp(1, Self::ENTRIES);
+        Self { entries: vec![Entry { piece: 0, ids: [0; 3], count: 0 }; entries] }
+    }
+
+    /// Appends the ids of one piece.
+    #[inline]
+    fn encode(&mut self, vocabulary: &Vocabulary, piece: &[u8], ids: &mut Vec<u32>) {
+        if piece.is_empty() || piece.len() > pack::LONGEST {
+            vocabulary.encode_piece(piece, ids);
+            return;
+        }
+        let key = pack(piece);
+        let place = pack::hash(key) as usize & (self.entries.len() - 1);
+        let entry = &self.entries[place];
+        if entry.piece == key {
+            ids.extend_from_slice(&entry.ids[..entry.count as usize]);
+            return;
+        }
+        let first = ids.len();
+        vocabulary.encode_piece(piece, ids);
+        let made = &ids[first..];
+        if made.len() <= 3 {
+            let entry = &mut self.entries[place];
+            (entry.piece, entry.count) = (key, made.len() as u32);
+            entry.ids[..made.len()].copy_from_slice(made);
+        }
     }
 }
 
@@ -269,11 +414,66 @@ mod tests {
         let splitter = Splitter::new(r"\w+").unwrap();
         // Enough text for several threads; what no piece covers is dropped.
         let texts: Vec<String> = (0..500).map(|i| "ab ".repeat(i)).collect();
-        let ids = vocabulary.encode_batch(Some(&splitter), &texts, &mut || true).unwrap();
-        assert!(ids.iter().enumerate().all(|(i, ids)| *ids == vec![256; i]));
+        let made = vocabulary.encode_batch(Some(&splitter), &texts, &[7], &mut || true).unwrap();
+        let expected = |i| [vec![7], vec![256; i]].concat();
+        assert!(made.rows().enumerate().all(|(i, ids)| *ids == expected(i)));
+        assert_eq!(made.rows().len(), texts.len());
         // Without a pattern the text is one piece.
-        let ids = vocabulary.encode_batch(None, &["ab ab"], &mut || true).unwrap();
-        assert_eq!(ids, [[256, 32, 256]]);
+        let made = vocabulary.encode_batch(None, &["ab ab"], &[], &mut || true).unwrap();
+        assert_eq!(made.ids(), [256, 32, 256]);
+    }
+
+    /// Every byte, and some tokens more, with the bytes in another order than their values.
+    fn ranks(more: &[&str]) -> Vec<(Vec<u8>, u32)> {
+        let bytes = (0..=u8::MAX).rev().map(|byte| vec![byte]);
+        let more = more.iter().map(|token| token.as_bytes().to_vec());
+        bytes.chain(more).zip(0..).collect()
+    }
+
+    #[test]
+    fn ranks_merge_whatever_makes_a_token() {
+        // abc comes of a+bc here as well as of ab+c, and xyz of no merge at all.
+        let vocabulary = Vocabulary::from_ranks(ranks(&["bc", "ab", "abc", "xyz"])).unwrap();
+        let encode = |piece: &str| {
+            let mut ids = Vec::new();
+            vocabulary.encode_piece(piece.as_bytes(), &mut ids);
+            ids
+        };
+        assert_eq!(encode("abc"), [258]);
+        assert_eq!(encode("abcd"), [258, 255 - u32::from(b'd')]);
+        assert_eq!(encode("xyz"), [259]); // a piece that is a token is that token
+        assert_eq!(encode("xyzx").len(), 4);
+        assert_eq!(vocabulary.decode(&encode("xabcx")).unwrap(), b"xabcx");
+    }
+
+    #[test]
+    fn ranks_that_are_none() {
+        let error = |ranks| Vocabulary::from_ranks(ranks).unwrap_err().to_string();
+        let with = |token: &str, id| [ranks(&[]), vec![(token.as_bytes().to_vec(), id)]].concat();
+        assert!(error(with("ab", 300)).contains("rank 300: there are only 257 tokens"));
+        assert!(error(with("ab", 7)).contains("rank 7: two tokens have it"));
+        assert!(error(with("a", 256)).contains("rank 256: another token has the same bytes"));
+        assert!(error(with("", 256)).contains("rank 256: it has no bytes"));
+        let mut without = ranks(&["ab"]);
+        without.retain(|(token, _)| token != b"z");
+        without.iter_mut().for_each(|(_, id)| *id -= u32::from(*id > 255 - u32::from(b'z')));
+        assert!(error(without).contains("no token for the single byte 0x7a"));
+    }
+
+    #[test]
+    fn the_cache_changes_nothing() {
+        let vocabulary = vocabulary(&[("abababcabcaabbccabacaba", 1), ("cabbage", 2)], 300);
+        let mut random = crate::random(9);
+        for entries in [1, 64, 1 << 20] {
+            let mut cache = Cache::new(entries);
+            for _ in 0..20_000 {
+                let piece: Vec<u8> = (0..random(18)).map(|_| b'a' + random(3) as u8).collect();
+                let (mut cached, mut plain) = (vec![1], vec![1]);
+                cache.encode(&vocabulary, &piece, &mut cached);
+                vocabulary.encode_piece(&piece, &mut plain);
+                assert_eq!(cached, plain, "{piece:?}");
+            }
+        }
     }
 
     #[test]
@@ -284,7 +484,8 @@ mod tests {
         assert!(Vocabulary::new(&[(97, 256)]).is_none()); // 256 would be made of itself
         let splitter = Splitter::new(r"(a|aa)+(?=c)\b|b").unwrap();
         let texts = ["b".to_owned(), "a".repeat(60)];
-        let error = vocabulary.encode_batch(Some(&splitter), &texts, &mut || true).unwrap_err();
+        let error =
+            vocabulary.encode_batch(Some(&splitter), &texts, &[], &mut || true).unwrap_err();
         assert!(matches!(error, Error::SplitItem { item: 1, .. }), "{error}");
     }
 }

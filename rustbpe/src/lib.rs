@@ -2,7 +2,8 @@
 //!
 //! The way of a text through this crate, one file a step:
 //!
-//! 1. [`split`]: a regular expression cuts text into pieces; merges never cross a cut.
+//! 1. [`split`]: a pattern cuts text into pieces; merges never cross a cut. The well-known
+//!    patterns have scanners ([`scan`]), others go through a regex engine.
 //! 2. [`count`]: equal pieces are counted once, in parallel. A corpus of gigabytes becomes a few
 //!    million distinct pieces, and everything after works on those.
 //! 3. [`train`]: the most frequent pair of adjacent tokens is merged, again and again.
@@ -13,7 +14,9 @@
 
 pub mod count;
 pub mod encode;
+pub mod pack;
 pub mod parallel;
+pub mod scan;
 pub mod split;
 pub mod train;
 
@@ -38,6 +41,10 @@ pub enum Error {
     TooMuchText { bytes: usize },
     /// An id that is no token of this vocabulary.
     UnknownToken { id: u32, index: usize, vocab_size: usize },
+    /// A vocabulary given by its ranks that is none.
+    Ranks { id: u32, reason: String },
+    /// A vocabulary without a token for this byte.
+    NoByte { byte: u8 },
     /// The caller's check asked to stop.
     Interrupted,
 }
@@ -76,6 +83,10 @@ impl fmt::Display for Error {
                 f,
                 "unknown token id {id} at index {index}: the vocabulary has {vocab_size} tokens"
             ),
+            Self::Ranks { id, reason } => {
+                write!(f, "the ranks must be 0, 1, 2, ... of different tokens; rank {id}: {reason}")
+            }
+            Self::NoByte { byte } => write!(f, "no token for the single byte {byte:#04x}"),
             Self::Interrupted => write!(f, "interrupted"),
         }
     }

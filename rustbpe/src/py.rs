@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyKeyboardInterrupt, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyIterator, PyList, PyString};
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
 
 use crate::count::Counter;
-use crate::encode::Vocabulary;
+use crate::encode::{Encoded, Vocabulary};
 use crate::parallel;
 use crate::split::Splitter;
 use crate::train::train;
@@ -85,9 +85,122 @@ fn text(object: Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<PyBacke
     })
 }
 
+/// As [`text`], but halves of surrogate pairs that stand alone become U+FFFD, as in tiktoken.
+fn repaired(object: Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<PyBackedStr> {
+    match text(object.clone(), name) {
+        Err(e) if e.is_instance_of::<PyValueError>(object.py()) => {
+            let pairs = object.call_method1("encode", ("utf-16", "surrogatepass"))?;
+            let whole = pairs.call_method1("decode", ("utf-16", "replace"))?;
+            Ok(PyBackedStr::try_from(whole.cast_into::<PyString>()?)?)
+        }
+        other => other,
+    }
+}
+
 /// As [`text`], for one of many.
 fn item(object: Bound<'_, PyAny>, texts: &str, index: usize) -> PyResult<PyBackedStr> {
     text(object, || format!("item {index} of {texts}"))
+}
+
+/// Many texts, held where Python has them.
+enum Texts {
+    Strings(Vec<PyBackedStr>),
+    Arrow { data: PyBackedBytes, offsets: Vec<usize> },
+}
+
+impl Texts {
+    /// The texts of an Arrow string array, without a Python object for each. `name()` describes
+    /// the array; `first` is the index of its first text.
+    fn from_arrow(array: &Bound<'_, PyAny>, name: &str, first: usize) -> PyResult<Self> {
+        let py = array.py();
+        let kind = array.getattr("type")?.str()?.to_string();
+        let width = match &kind[..] {
+            "string" => 4,
+            "large_string" => 8,
+            _ => {
+                let message = format!("{name} must hold strings, found an Arrow array of {kind}");
+                return Err(PyTypeError::new_err(message));
+            }
+        };
+        if array.getattr("null_count")?.extract::<usize>()? > 0 {
+            let nulls = array.call_method0("is_null")?;
+            let at: usize =
+                nulls.call_method1("index", (true,))?.call_method0("as_py")?.extract()?;
+            return Err(PyTypeError::new_err(format!("item {} of {name} is null", first + at)));
+        }
+        let buffers = array.call_method0("buffers")?;
+        let copy = |i: usize| -> PyResult<PyBackedBytes> {
+            let buffer = buffers.get_item(i)?;
+            if buffer.is_none() {
+                return Ok(PyBytes::new(py, b"").into()); // an empty array need not have any
+            }
+            Ok(buffer.call_method0("to_pybytes")?.cast_into::<PyBytes>()?.into())
+        };
+        let (offsets, data) = (copy(1)?, copy(2)?);
+        let start: usize = array.getattr("offset")?.extract()?;
+        let offsets = offsets.chunks_exact(width).skip(start).take(array.len()? + 1);
+        let number = |bytes: &[u8]| match width {
+            4 => bytes.try_into().map_or(0, |b| u64::from(u32::from_le_bytes(b))),
+            _ => bytes.try_into().map_or(0, u64::from_le_bytes),
+        };
+        let offsets = offsets.map(|bytes| number(bytes) as usize).collect();
+        Ok(Self::Arrow { data, offsets })
+    }
+
+    /// An Arrow array, or an iterable of str, each taken by `take(object, index)`.
+    fn from_iterable<'py>(
+        texts: &Bound<'py, PyAny>,
+        name: &str,
+        take: impl Fn(Bound<'py, PyAny>, usize) -> PyResult<PyBackedStr>,
+    ) -> PyResult<Self> {
+        if is_arrow(texts)? {
+            return Self::from_arrow(&whole(texts)?, name, 0);
+        }
+        let items = iterate(texts, name)?.enumerate();
+        let strings = items.map(|(i, object)| take(object?, i)).collect::<PyResult<_>>()?;
+        Ok(Self::Strings(strings))
+    }
+
+    /// The texts as slices. An Arrow array is checked to be UTF-8 within its bounds.
+    fn slices(&self, name: &str, first: usize) -> PyResult<Vec<&str>> {
+        match self {
+            Self::Strings(strings) => Ok(strings.iter().map(|s| &**s).collect()),
+            Self::Arrow { data, offsets } => offsets
+                .windows(2)
+                .enumerate()
+                .map(|(i, bounds)| {
+                    let bytes = data.get(bounds[0]..bounds[1]);
+                    bytes.and_then(|bytes| std::str::from_utf8(bytes).ok()).ok_or_else(|| {
+                        PyValueError::new_err(format!(
+                            "item {} of {name} is not valid text: its bytes are no UTF-8",
+                            first + i
+                        ))
+                    })
+                })
+                .collect(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Strings(strings) => strings.len(),
+            Self::Arrow { offsets, .. } => offsets.len().saturating_sub(1),
+        }
+    }
+}
+
+/// True for an Arrow array, chunked or not.
+fn is_arrow(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    Ok(object.hasattr("__arrow_c_array__")? || object.hasattr("__arrow_c_stream__")?)
+}
+
+/// The Arrow array in one piece.
+fn whole<'py>(array: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    if array.hasattr("combine_chunks")? {
+        array.call_method0("combine_chunks")
+    } else {
+        Ok(array.clone())
+    }
 }
 
 /// Iterates over `texts`, which must not be one str: its letters would be the items.
@@ -107,12 +220,18 @@ struct Model {
 }
 
 impl Model {
-    fn encode<T: AsRef<str> + Sync>(&self, py: Python<'_>, texts: &[T]) -> PyResult<Vec<Vec<u32>>> {
+    fn encode(&self, py: Python<'_>, texts: &[&str], prepend: &[u32]) -> PyResult<Encoded> {
         let mut signals = Signals::new();
+        let splitter = self.splitter.as_ref();
         let result = py.detach(|| {
-            self.vocabulary.encode_batch(self.splitter.as_ref(), texts, &mut || signals.go_on())
+            self.vocabulary.encode_batch(splitter, texts, prepend, &mut || signals.go_on())
         });
         result.map_err(|e| signals.exception(e))
+    }
+
+    /// The ids of one text. A batch of one would cost more than a short text does.
+    fn encode_one(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
+        Ok(self.encode(py, &[text], &[])?.ids().to_vec())
     }
 }
 
@@ -134,7 +253,7 @@ impl Tokenizer {
 impl Tokenizer {
     #[new]
     fn new() -> Self {
-        let vocabulary = Vocabulary::new(&[]).unwrap_or_default();
+        let vocabulary = Vocabulary::default();
         Self { model: RwLock::new(Arc::new(Model { splitter: None, vocabulary })) }
     }
 
@@ -168,24 +287,35 @@ impl Tokenizer {
         let mut counter = Counter::new(&splitter, parallel::available_threads())
             .map_err(|e| PyValueError::new_err(e.to_string()))?;
 
-        let mut items = iterate(iterator, "iterator")?.enumerate();
-        loop {
-            let mut buffer = Vec::new();
-            for (i, object) in items.by_ref().take(buffer_size as usize) {
-                buffer.push(item(object?, "iterator", i)?);
-                if i % ITEMS_A_CHECK == 0 {
-                    py.check_signals()?;
-                }
+        const NAME: &str = "iterator";
+        let mut seen = 0; // texts so far
+        let mut buffer = Vec::new();
+        let mut count = |texts: Texts, seen: &mut usize| -> PyResult<()> {
+            let slices = texts.slices(NAME, *seen)?;
+            *seen += slices.len();
+            py.detach(|| counter.add(&slices, &mut || signals.go_on()))
+                .map_err(|e| std::mem::replace(&mut signals, Signals::new()).exception(e))
+        };
+        for object in iterate(iterator, NAME)? {
+            let object = object?;
+            if is_arrow(&object)? {
+                count(Texts::Strings(std::mem::take(&mut buffer)), &mut seen)?;
+                count(Texts::from_arrow(&whole(&object)?, NAME, seen)?, &mut seen)?;
+                continue;
             }
-            if buffer.is_empty() {
-                break;
+            let index = seen + buffer.len();
+            buffer.push(item(object, NAME, index)?);
+            if index % ITEMS_A_CHECK == 0 {
+                py.check_signals()?;
             }
-            if let Err(e) = py.detach(|| counter.add(&buffer, &mut || signals.go_on())) {
-                return Err(signals.exception(e));
+            if buffer.len() >= buffer_size as usize {
+                count(Texts::Strings(std::mem::take(&mut buffer)), &mut seen)?;
             }
         }
+        count(Texts::Strings(buffer), &mut seen)?;
         let result = py.detach(|| {
-            let merges = train(counter.finish(), vocab_size, &mut || signals.go_on())?;
+            let merges =
+                train(counter.finish().into_pieces(), vocab_size, &mut || signals.go_on())?;
             Ok(Vocabulary::new(&merges).unwrap_or_default())
         });
         let vocabulary = result.map_err(|e| signals.exception(e))?;
@@ -216,15 +346,14 @@ impl Tokenizer {
     /// The token ids of a text.
     fn encode(&self, text: Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
         let (py, text) = (text.py(), self::text(text, || "text".to_owned())?);
-        Ok(self.model().encode(py, &[text])?.pop().unwrap_or_default())
+        self.model().encode_one(py, &text)
     }
 
     /// The token ids of every text, in order, computed on all cores.
     fn batch_encode(&self, py: Python<'_>, texts: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<u32>>> {
-        let items = iterate(texts, "texts")?.enumerate();
-        let texts =
-            items.map(|(i, object)| item(object?, "texts", i)).collect::<PyResult<Vec<_>>>()?;
-        self.model().encode(py, &texts)
+        let texts = Texts::from_iterable(texts, "texts", |text, i| item(text, "texts", i))?;
+        let encoded = self.model().encode(py, &texts.slices("texts", 0)?, &[])?;
+        Ok(encoded.rows().map(<[u32]>::to_vec).collect())
     }
 
     /// The text of token ids; UnicodeDecodeError where they cut a character in half.
@@ -236,8 +365,94 @@ impl Tokenizer {
     }
 }
 
+/// A fixed vocabulary that encodes as tiktoken does, in batches and on all cores.
+#[pyclass(frozen, module = "rustbpe")]
+struct Encoder {
+    model: Model,
+}
+
+#[pymethods]
+impl Encoder {
+    /// Takes what tiktoken.Encoding takes: every token's bytes with its rank, and the pattern.
+    #[new]
+    fn new(mergeable_ranks: &Bound<'_, PyDict>, pattern: &str) -> PyResult<Self> {
+        let error = |e: Error| PyValueError::new_err(e.to_string());
+        let splitter = Some(Splitter::new(pattern).map_err(error)?);
+        let mut ranks = Vec::with_capacity(mergeable_ranks.len());
+        for (token, rank) in mergeable_ranks {
+            let token = token.cast::<PyBytes>().map_err(|_| {
+                PyTypeError::new_err(format!("mergeable_ranks: the key {token:?} is not bytes"))
+            })?;
+            let rank = rank.extract().map_err(|_| {
+                PyTypeError::new_err(format!("mergeable_ranks[{token:?}] is {rank:?}, not a rank"))
+            })?;
+            ranks.push((token.as_bytes().to_vec(), rank));
+        }
+        let vocabulary = Vocabulary::from_ranks(ranks).map_err(error)?;
+        Ok(Self { model: Model { splitter, vocabulary } })
+    }
+
+    /// Number of tokens.
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.model.vocabulary.tokens().len()
+    }
+
+    /// The token ids of a text.
+    fn encode(&self, text: Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+        let (py, text) = (text.py(), repaired(text, || "text".to_owned())?);
+        self.model.encode_one(py, &text)
+    }
+
+    /// (ids, offsets) of many texts, as NumPy arrays: text i is ids[offsets[i]:offsets[i + 1]].
+    #[pyo3(signature = (texts, prepend=None))]
+    fn encode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        texts: &Bound<'py, PyAny>,
+        prepend: Option<u32>,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+        let texts = Texts::from_iterable(texts, "texts", |text, i| {
+            repaired(text, || format!("item {i} of texts"))
+        })?;
+        let prepend: Vec<u32> = prepend.into_iter().collect();
+        let encoded = self.model.encode(py, &texts.slices("texts", 0)?, &prepend)?;
+        let largest = prepend.iter().copied().max().unwrap_or(0).max(self.vocab_size() as u32 - 1);
+        let ids = encoded.ids();
+        let (kind, bytes) = if largest <= u32::from(u16::MAX) {
+            let bytes = PyBytes::new_with(py, ids.len() * 2, |out| {
+                for (place, id) in out.chunks_exact_mut(2).zip(ids) {
+                    place.copy_from_slice(&(*id as u16).to_le_bytes());
+                }
+                Ok(())
+            })?;
+            ("<u2", bytes)
+        } else {
+            let bytes = PyBytes::new_with(py, ids.len() * 4, |out| {
+                for (place, id) in out.chunks_exact_mut(4).zip(ids) {
+                    place.copy_from_slice(&id.to_le_bytes());
+                }
+                Ok(())
+            })?;
+            ("<u4", bytes)
+        };
+        let offsets = PyBytes::new_with(py, (texts.len() + 1) * 8, |out| {
+            let mut end = 0u64;
+            let lengths = std::iter::once(0).chain(encoded.rows().map(<[u32]>::len));
+            for (place, length) in out.chunks_exact_mut(8).zip(lengths) {
+                end += length as u64;
+                place.copy_from_slice(&end.to_le_bytes());
+            }
+            Ok(())
+        })?;
+        let array = py.import("numpy")?.getattr("frombuffer")?;
+        Ok((array.call1((bytes, kind))?, array.call1((offsets, "<i8"))?))
+    }
+}
+
 #[pymodule]
 fn _rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Tokenizer>()?;
+    module.add_class::<Encoder>()?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

@@ -377,7 +377,8 @@ mod tests {
     use fancy_regex::Regex;
 
     fn known() -> Vec<String> {
-        let digits = |p: &str| (1..=3).map(|k| p.replace("{k}", &k.to_string())).collect::<Vec<_>>();
+        let digits =
+            |p: &str| (1..=3).map(|k| p.replace("{k}", &k.to_string())).collect::<Vec<_>>();
         let mut patterns: Vec<String> = PATTERNS.iter().flat_map(|(p, _)| digits(p)).collect();
         patterns.sort();
         patterns.dedup();
@@ -400,7 +401,10 @@ mod tests {
     fn by_hand() {
         let nanochat = known().into_iter().find(|p| p.contains(r"{1,2}|")).unwrap();
         let cut = |text| Scanner::of(&nanochat).unwrap().pieces(text).collect::<Vec<_>>();
-        assert_eq!(cut("I'll pay 1234!\n\n  ok"), ["I", "'ll", " pay", " ", "12", "34", "!\n\n", " ", " ok"]);
+        assert_eq!(
+            cut("I'll pay 1234!\n\n  ok"),
+            ["I", "'ll", " pay", " ", "12", "34", "!\n\n", " ", " ok"]
+        );
         assert_eq!(cut(" \n \t x"), [" \n", " \t", " x"]);
         assert_eq!(cut(""), Vec::<&str>::new());
     }
@@ -441,9 +445,8 @@ mod tests {
             let rounds = if cfg!(debug_assertions) { 1_500 } else { 60_000 };
             for _ in 0..rounds {
                 let length = random(24);
-                let text: String = (0..length)
-                    .map(|_| alphabet[random(alphabet.len() as u64) as usize])
-                    .collect();
+                let text: String =
+                    (0..length).map(|_| alphabet[random(alphabet.len() as u64) as usize]).collect();
                 same(&pattern, &regex, &text);
             }
         }

@@ -53,10 +53,10 @@ struct Corpus {
 }
 
 impl Corpus {
-    fn new<P: AsRef<str>>(pieces: impl IntoIterator<Item = (P, u64)>) -> Result<Self> {
+    fn new<P: AsRef<[u8]>>(pieces: impl IntoIterator<Item = (P, u64)>) -> Result<Self> {
         let mut corpus = Self { slots: vec![GAP], piece: vec![0], counts: Vec::new() };
         for (piece, count) in pieces {
-            let bytes = piece.as_ref().as_bytes();
+            let bytes = piece.as_ref();
             if bytes.len() < 2 || count == 0 {
                 continue; // no pair in it
             }
@@ -194,7 +194,7 @@ fn merge(
 /// Learns up to `vocab_size - 256` merges from distinct `pieces` and their counts; the first
 /// makes token 256. Fewer come back when no pair is left. The order of the pieces is irrelevant.
 /// The counts must add up to less than 2^64.
-pub fn train<P: AsRef<str>>(
+pub fn train<P: AsRef<[u8]>>(
     pieces: impl IntoIterator<Item = (P, u64)>,
     vocab_size: u32,
     check: Check<'_>,

@@ -1,5 +1,5 @@
-"""Byte-level BPE training, exact and fast, in Rust. See the README beside the crate."""
+"""Byte-level BPE training and encoding, exact and fast. See the README beside the crate."""
 
-from rustbpe._rustbpe import Tokenizer, __version__
+from rustbpe._rustbpe import Encoder, Tokenizer, __version__
 
-__all__ = ["Tokenizer", "__version__"]
+__all__ = ["Encoder", "Tokenizer", "__version__"]

@@ -1,7 +1,10 @@
 from collections.abc import Iterable, Sequence
-from typing import final
+from typing import Any, final
 
-__all__ = ["Tokenizer", "__version__"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Encoder", "Tokenizer", "__version__"]
 
 __version__: str
 
@@ -16,12 +19,15 @@ class Tokenizer:
     def __init__(self) -> None: ...
     def train_from_iterator(
         self,
-        iterator: Iterable[str],
+        iterator: Iterable[Any],
         vocab_size: int,
         buffer_size: int = 8192,
         pattern: str | None = None,
     ) -> None:
-        """Learns up to ``vocab_size - 256`` merges from the strings of ``iterator``.
+        """Learns up to ``vocab_size - 256`` merges from the texts of ``iterator``.
+
+        An item is a ``str``, or an Arrow array of strings (pyarrow), which is many texts and costs
+        no Python object for each.
 
         ``buffer_size`` strings are taken at a time, then counted on all cores with the GIL
         released. ``pattern`` cuts the text into pieces (default: GPT-4's); text that it does not
@@ -55,3 +61,33 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """256 plus the number of merges."""
+
+@final
+class Encoder:
+    """A fixed vocabulary: token for token what tiktoken gives, in batches, on all cores.
+
+    ``mergeable_ranks`` and ``pattern`` are what ``tiktoken.Encoding`` takes. The patterns of
+    GPT-2, cl100k, o200k, Qwen2.5 and nanochat are cut by hand-written scanners, any other by a
+    regex engine. Special tokens are ordinary text here. Threads may share an encoder.
+
+    Raises ``ValueError`` for an invalid pattern, ranks that are not 0, 1, 2, ..., or a byte without
+    a token, and ``TypeError`` for a key that is not bytes.
+    """
+
+    def __init__(self, mergeable_ranks: dict[bytes, int], pattern: str) -> None: ...
+    def encode(self, text: str) -> list[int]:
+        """The token ids of ``text``. A lone surrogate becomes U+FFFD."""
+
+    def encode_batch(
+        self, texts: Any, prepend: int | None = None
+    ) -> tuple[NDArray[np.uint16] | NDArray[np.uint32], NDArray[np.int64]]:
+        """``(ids, offsets)`` of an iterable of ``str`` or of an Arrow array of strings.
+
+        Text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``, ``prepend`` first if given. ids is uint16
+        where all ids fit, else uint32. Both arrays are read-only. Raises ``TypeError`` (an item
+        that is no str, or a null; its index is named).
+        """
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
