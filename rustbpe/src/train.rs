@@ -17,6 +17,11 @@
 //! top that still states the true count is the maximum, and one that is too high goes back with
 //! the true count. For the same reason the positions in a list ascend, which is the left to right
 //! order that overlapping pairs need.
+//!
+//! **The floor.** Most pairs that arise are rare, will never be merged, and would fill the memory
+//! and the processor's caches. For a pair below some count this is certain as long as there are
+//! others at or above it, again because counts never rise. So only pairs at or above a *floor* are
+//! kept. When none is left, the floor is lowered and all pairs are counted anew in one pass.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -35,6 +40,9 @@ pub const MAX_POSITIONS: usize = (SPAN - 1) as usize;
 
 /// Occurrences between two checks for an interrupt (a few milliseconds).
 const MERGES_A_CHECK: usize = 1 << 16;
+
+/// By what the floor is divided when it gets lower: a pass over everything for each step.
+const FLOOR_STEP: u64 = 4;
 
 /// In a slot: this slot lies inside a token; the other bits are the token's length in bytes.
 const SPAN: u32 = 1 << 31;
@@ -72,6 +80,36 @@ impl Corpus {
         Ok(corpus)
     }
 
+    /// A floor that the first merges are well above: a guess, on which only the speed depends.
+    fn first_floor(&self, vocab_size: u32) -> u64 {
+        let ends = self.slots.iter().zip(&self.piece).filter(|&(&token, _)| token != GAP);
+        let bytes: u64 = ends.map(|(_, &piece)| self.counts[piece as usize]).sum();
+        bytes / (u64::from(vocab_size.max(1)) * 4)
+    }
+
+    /// Calls `visit(key, position, count)` for each pair, from left to right.
+    fn each_pair(&self, check: Check<'_>, mut visit: impl FnMut(u64, u32, u64)) -> Result<()> {
+        let (mut p, mut visited) = (0, 0);
+        while p < self.slots.len() {
+            let token = self.slots[p];
+            if token == GAP {
+                p += 1;
+                continue;
+            }
+            let next = self.next(p);
+            if self.slots[next] != GAP {
+                let count = self.counts[self.piece[p] as usize];
+                visit(key((token, self.slots[next])), p as u32, count);
+            }
+            p = next;
+            visited += 1;
+            if visited % MERGES_A_CHECK == 0 && !check() {
+                return Err(Error::Interrupted);
+            }
+        }
+        Ok(())
+    }
+
     /// The position after the token at `p`: another token's, or a gap's.
     fn next(&self, p: usize) -> usize {
         let slot = self.slots[p + 1];
@@ -102,7 +140,7 @@ struct Occurrences {
     positions: Vec<u32>,
 }
 
-/// The pairs that occur, by [`key`].
+/// Pairs, by [`key`].
 type Pairs = FxHashMap<u64, Occurrences>;
 
 /// A pair as one number, in the order of the pairs.
@@ -114,55 +152,47 @@ fn pair(key: u64) -> Pair {
     ((key >> 32) as u32, key as u32)
 }
 
-/// The pairs of bytes, before the first merge.
-fn byte_pairs(corpus: &Corpus) -> Pairs {
-    // Bytes have so few pairs that a table does, which is much faster than a map.
-    let mut table: Vec<Occurrences> = Vec::new();
-    table.resize_with(1 << 16, Occurrences::default);
-    for (p, window) in corpus.slots.windows(2).enumerate() {
-        let &[a, b] = window else { continue };
-        if a != GAP && b != GAP {
-            let entry = &mut table[(a << 8 | b) as usize];
-            entry.count += corpus.counts[corpus.piece[p] as usize];
-            entry.positions.push(p as u32);
+/// All pairs of the corpus as it is now that occur `floor` times or more.
+fn scan(corpus: &Corpus, floor: u64, check: Check<'_>) -> Result<Pairs> {
+    let mut counts: FxHashMap<u64, u64> = FxHashMap::default();
+    corpus.each_pair(check, |key, _, count| *counts.entry(key).or_default() += count)?;
+    let enough = counts.into_iter().filter(|&(_, count)| count >= floor);
+    let known = |(key, count)| (key, Occurrences { count, positions: Vec::new() });
+    let mut pairs: Pairs = enough.map(known).collect();
+    corpus.each_pair(check, |key, position, _| {
+        if let Some(occurrences) = pairs.get_mut(&key) {
+            occurrences.positions.push(position);
         }
-    }
-    let pairs = table.into_iter().enumerate().filter(|(_, entry)| entry.count > 0);
-    pairs.map(|(i, entry)| (key((i as u32 >> 8, i as u32 & 0xff)), entry)).collect()
+    })?;
+    Ok(pairs)
 }
 
-/// One occurrence of `pair` less. A pair that occurs no more is forgotten.
+/// One occurrence of `pair` less. Pairs that are not kept need no count, nor does the one that is
+/// being merged.
 fn lose(pairs: &mut Pairs, pair: Pair, count: u64) {
-    // The pair being merged is no longer in the map, and needs no count.
-    if let Entry::Occupied(mut entry) = pairs.entry(key(pair)) {
-        entry.get_mut().count -= count;
-        if entry.get().count == 0 {
-            entry.remove();
-        }
+    if let Some(occurrences) = pairs.get_mut(&key(pair)) {
+        occurrences.count -= count;
     }
 }
 
-/// One occurrence of `pair` more, at `position`. A pair not known before is noted in `born`.
-fn gain(pairs: &mut Pairs, born: &mut Vec<u64>, pair: Pair, position: usize, count: u64) {
-    let key = key(pair);
-    let occurrences = pairs.entry(key).or_insert_with(|| {
-        born.push(key);
-        Occurrences::default()
-    });
+/// One occurrence of `pair` more, at `position`.
+fn gain(pairs: &mut Pairs, pair: Pair, position: usize, count: u64) {
+    let occurrences = pairs.entry(key(pair)).or_default();
     occurrences.count += count;
     occurrences.positions.push(position as u32);
 }
 
-/// Merges the pair `(a, b)` into `id` at all of `positions`; returns the keys of the new pairs.
+/// Merges the pair `(a, b)` into `id` at all of `positions`. Pairs with `id` in them, which arise
+/// here, are noted in `born`; all others are in `pairs` or not kept.
 fn merge(
     corpus: &mut Corpus,
     pairs: &mut Pairs,
+    born: &mut Pairs,
     (a, b): Pair,
     id: u32,
     positions: &[u32],
     check: Check<'_>,
-) -> Result<Vec<u64>> {
-    let mut born = Vec::new();
+) -> Result<()> {
     for (i, &left) in positions.iter().enumerate() {
         if i % MERGES_A_CHECK == 0 && !check() {
             return Err(Error::Interrupted);
@@ -179,16 +209,16 @@ fn merge(
         let (x, y) = (corpus.slots[before], corpus.slots[end]);
         let count = corpus.counts[corpus.piece[left] as usize];
         if x != GAP {
-            lose(pairs, (x, a), count);
-            gain(pairs, &mut born, (x, id), before, count);
+            lose(if x == id { born } else { pairs }, (x, a), count);
+            gain(born, (x, id), before, count);
         }
         if y != GAP {
             lose(pairs, (b, y), count);
-            gain(pairs, &mut born, (id, y), left, count);
+            gain(born, (id, y), left, count);
         }
         corpus.join(left, right, end, id);
     }
-    Ok(born)
+    Ok(())
 }
 
 /// Learns up to `vocab_size - 256` merges from distinct `pieces` and their counts; the first
@@ -199,28 +229,53 @@ pub fn train<P: AsRef<[u8]>>(
     vocab_size: u32,
     check: Check<'_>,
 ) -> Result<Vec<Pair>> {
-    let mut corpus = Corpus::new(pieces)?;
-    let mut pairs = byte_pairs(&corpus);
-    // The greatest count on top; of equal counts the smallest pair.
-    let mut heap: BinaryHeap<(u64, Reverse<u64>)> =
-        pairs.iter().map(|(&key, entry)| (entry.count, Reverse(key))).collect();
-    let mut merges = Vec::new();
-    let mut id = FIRST_MERGE_ID;
-    while id < vocab_size.min(GAP) {
-        let Some((stated, Reverse(key))) = heap.pop() else { break };
-        let Entry::Occupied(entry) = pairs.entry(key) else { continue };
-        if entry.get().count != stated {
-            heap.push((entry.get().count, Reverse(key)));
-            continue;
+    let corpus = Corpus::new(pieces)?;
+    let floor = corpus.first_floor(vocab_size);
+    train_from(corpus, vocab_size, floor, check)
+}
+
+/// As [`train`], with the floor to begin with.
+fn train_from(
+    mut corpus: Corpus,
+    vocab_size: u32,
+    floor: u64,
+    check: Check<'_>,
+) -> Result<Vec<Pair>> {
+    let (mut merges, mut born) = (Vec::new(), Pairs::default());
+    let last = vocab_size.min(GAP);
+    let mut floor = floor.max(1);
+    loop {
+        let mut pairs = scan(&corpus, floor, check)?;
+        // The greatest count on top; of equal counts the smallest pair.
+        let mut heap: BinaryHeap<(u64, Reverse<u64>)> =
+            pairs.iter().map(|(&key, entry)| (entry.count, Reverse(key))).collect();
+        while FIRST_MERGE_ID + (merges.len() as u32) < last {
+            let Some((stated, Reverse(key))) = heap.pop() else { break };
+            let Entry::Occupied(entry) = pairs.entry(key) else { continue };
+            let count = entry.get().count;
+            if count < floor {
+                entry.remove(); // until the floor is lower
+                continue;
+            }
+            if count != stated {
+                heap.push((count, Reverse(key)));
+                continue;
+            }
+            let positions = entry.remove().positions;
+            let id = FIRST_MERGE_ID + merges.len() as u32;
+            merge(&mut corpus, &mut pairs, &mut born, pair(key), id, &positions, check)?;
+            // Only now: while the merge went on, their counts were still changing.
+            for (key, occurrences) in born.drain().filter(|(_, known)| known.count >= floor) {
+                heap.push((occurrences.count, Reverse(key)));
+                pairs.insert(key, occurrences);
+            }
+            merges.push(pair(key));
         }
-        let positions = entry.remove().positions;
-        let born = merge(&mut corpus, &mut pairs, pair(key), id, &positions, check)?;
-        // Only now: while the merge went on, their counts were still changing.
-        heap.extend(born.iter().filter_map(|k| pairs.get(k).map(|e| (e.count, Reverse(*k)))));
-        merges.push(pair(key));
-        id += 1;
+        if floor == 1 || FIRST_MERGE_ID + merges.len() as u32 >= last {
+            return Ok(merges);
+        }
+        floor = (floor / FLOOR_STEP).max(1);
     }
-    Ok(merges)
 }
 
 #[cfg(test)]
@@ -336,7 +391,13 @@ mod tests {
                 })
                 .collect();
             let words: Vec<(&str, u64)> = words.iter().map(|(word, n)| (&word[..], *n)).collect();
-            assert_eq!(learn(&words, 400), learn_slowly(&words, 400), "{words:?}");
+            let expected = learn_slowly(&words, 400);
+            assert_eq!(learn(&words, 400), expected, "{words:?}");
+            for floor in [2, 7, 100] {
+                let corpus = Corpus::new(words.iter().copied()).unwrap();
+                let merges = train_from(corpus, 400, floor, &mut || true).unwrap();
+                assert_eq!(merges, expected, "from {floor}: {words:?}");
+            }
         }
     }
 
