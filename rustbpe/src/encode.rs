@@ -21,16 +21,20 @@ const SHORT: usize = 64;
 /// Pieces between two checks for an interrupt.
 const PIECES_A_BEAT: usize = 1024;
 
+/// So many bytes a token has at least in most texts: how much room is made for ids at first.
+const BYTES_A_TOKEN: usize = 4;
+
 /// "This pair has no merge": later than every merge.
 const NEVER: u32 = u32::MAX;
 
 /// The tokens and what they are made of.
 #[derive(Debug, Clone)]
 pub struct Vocabulary {
-    merged: FxHashMap<Pair, u32>,     // pair -> id, which is its rank too
-    tokens: Vec<Box<[u8]>>,           // id -> bytes
-    bytes: [u32; 256],                // byte -> id
-    whole: FxHashMap<Box<[u8]>, u32>, // bytes -> id; empty if only merges decide
+    merged: FxHashMap<Pair, u32>, // pair -> id, which is its rank too
+    tokens: Vec<Box<[u8]>>,       // id -> bytes
+    bytes: [u32; 256],            // byte -> id
+    byte_pairs: Box<[u32]>,       // (byte, byte) -> id of the merge or NEVER: half of all look-ups
+    whole: Whole,                 // bytes -> id; empty if only merges decide
 }
 
 impl Default for Vocabulary {
@@ -38,7 +42,7 @@ impl Default for Vocabulary {
     fn default() -> Self {
         let tokens = (0..=u8::MAX).map(|byte| [byte].into()).collect();
         let bytes = std::array::from_fn(|byte| byte as u32);
-        Self { merged: FxHashMap::default(), tokens, bytes, whole: FxHashMap::default() }
+        Self::made_of(FxHashMap::default(), tokens, bytes, Whole::default())
     }
 }
 
@@ -51,8 +55,8 @@ impl Vocabulary {
             let (a, b) = (made.tokens.get(a as usize)?, made.tokens.get(b as usize)?);
             made.tokens.push([&a[..], &b[..]].concat().into());
         }
-        made.merged = merges.iter().copied().zip(FIRST_MERGE_ID..).collect();
-        Some(made)
+        let merged = merges.iter().copied().zip(FIRST_MERGE_ID..).collect();
+        Some(Self::made_of(merged, made.tokens, made.bytes, made.whole))
     }
 
     /// The vocabulary in which any two tokens merge whose bytes together are a token, the one of
@@ -60,7 +64,7 @@ impl Vocabulary {
     pub fn from_ranks(ranks: Vec<(Vec<u8>, u32)>) -> Result<Self> {
         let n = ranks.len();
         let mut tokens: Vec<Option<Box<[u8]>>> = vec![None; n];
-        let mut whole = FxHashMap::default();
+        let mut whole = Whole::default();
         for (token, id) in ranks {
             let error = |reason: &str| Error::Ranks { id, reason: reason.to_owned() };
             let place = tokens.get_mut(id as usize);
@@ -71,7 +75,7 @@ impl Vocabulary {
             if place.is_some() {
                 return Err(error("two tokens have it"));
             }
-            if whole.insert(token.clone().into_boxed_slice(), id).is_some() {
+            if whole.insert(&token, id).is_some() {
                 return Err(error("another token has the same bytes"));
             }
             *place = Some(token.into_boxed_slice());
@@ -80,17 +84,28 @@ impl Vocabulary {
         let tokens: Vec<Box<[u8]>> = tokens.into_iter().flatten().collect();
         let mut bytes = [NEVER; 256];
         for byte in 0..=u8::MAX {
-            bytes[byte as usize] = *whole.get(&[byte][..]).ok_or(Error::NoByte { byte })?;
+            bytes[byte as usize] = whole.get(&[byte]).ok_or(Error::NoByte { byte })?;
         }
         let mut merged = FxHashMap::default();
         for (id, token) in tokens.iter().enumerate() {
             for cut in 1..token.len() {
-                if let (Some(&a), Some(&b)) = (whole.get(&token[..cut]), whole.get(&token[cut..])) {
+                if let (Some(a), Some(b)) = (whole.get(&token[..cut]), whole.get(&token[cut..])) {
                     merged.insert((a, b), id as u32);
                 }
             }
         }
-        Ok(Self { merged, tokens, bytes, whole })
+        Ok(Self::made_of(merged, tokens, bytes, whole))
+    }
+
+    fn made_of(
+        merged: FxHashMap<Pair, u32>,
+        tokens: Vec<Box<[u8]>>,
+        bytes: [u32; 256],
+        whole: Whole,
+    ) -> Self {
+        let pairs = bytes.iter().flat_map(|&a| bytes.iter().map(move |&b| (a, b)));
+        let byte_pairs = pairs.map(|pair| merged.get(&pair).copied().unwrap_or(NEVER)).collect();
+        Self { merged, tokens, bytes, byte_pairs, whole }
     }
 
     /// The bytes of every token, by id.
@@ -114,7 +129,7 @@ impl Vocabulary {
 
     /// Appends the ids of one piece, in which every merge that applies is made.
     pub fn encode_piece(&self, piece: &[u8], ids: &mut Vec<u32>) {
-        if let Some(&id) = self.whole.get(piece) {
+        if let Some(id) = self.whole.get(piece) {
             ids.push(id);
         } else if piece.len() <= SHORT {
             self.merge_short(piece, ids);
@@ -159,7 +174,9 @@ impl Vocabulary {
         let mut workers = (0..threads)
             .map(|_| {
                 let splitter = splitter.map(Splitter::recompile).transpose()?;
-                Ok((splitter, Cache::new(bytes / threads), Encoded::default()))
+                let mut made = Encoded::default();
+                made.ids.reserve(bytes / threads / BYTES_A_TOKEN);
+                Ok((splitter, Cache::new(bytes / threads), made))
             })
             .collect::<Result<Vec<_>>>()?;
         parallel::for_each(&mut workers, texts.len(), check, |worker, i, pulse| {
@@ -195,13 +212,18 @@ impl Vocabulary {
         self.merged.get(&(a, b)).copied().unwrap_or(NEVER)
     }
 
+    /// The same of two bytes.
+    fn byte_rank(&self, a: u8, b: u8) -> u32 {
+        self.byte_pairs[usize::from(a) << 8 | usize::from(b)]
+    }
+
     /// Finds the earliest merge by looking at all pairs each time.
     fn merge_short(&self, piece: &[u8], ids: &mut Vec<u32>) {
         let first = ids.len();
         ids.extend(piece.iter().map(|&byte| self.bytes[byte as usize]));
         // ranks[i] is that of the pair which begins at the token ids[first + i].
         let mut ranks: Vec<u32> =
-            ids[first..].windows(2).map(|pair| self.rank(pair[0], pair[1])).collect();
+            piece.windows(2).map(|pair| self.byte_rank(pair[0], pair[1])).collect();
         // The minimum's first place: the leftmost of equal pairs.
         while let Some((i, &rank)) = ranks.iter().enumerate().min_by_key(|&(_, rank)| rank) {
             if rank == NEVER {
@@ -236,8 +258,11 @@ impl Vocabulary {
                 heap.push(Reverse((rank, i)));
             }
         };
-        for (i, pair) in tokens.windows(2).enumerate() {
-            offer(&mut heap, i, pair[0], pair[1]);
+        for (i, pair) in piece.windows(2).enumerate() {
+            let rank = self.byte_rank(pair[0], pair[1]);
+            if rank != NEVER {
+                heap.push(Reverse((rank, i)));
+            }
         }
         while let Some(Reverse((rank, i))) = heap.pop() {
             let j = next[i];
@@ -257,6 +282,29 @@ impl Vocabulary {
             }
         }
         ids.extend(tokens.into_iter().filter(|&id| id != NEVER));
+    }
+}
+
+/// Tokens by their bytes. Short ones are found without following a pointer.
+#[derive(Debug, Clone, Default)]
+struct Whole {
+    short: FxHashMap<u128, u32>,
+    long: FxHashMap<Box<[u8]>, u32>,
+}
+
+impl Whole {
+    fn insert(&mut self, token: &[u8], id: u32) -> Option<u32> {
+        match token.len() {
+            1..=pack::LONGEST => self.short.insert(pack(token), id),
+            _ => self.long.insert(token.into(), id),
+        }
+    }
+
+    fn get(&self, token: &[u8]) -> Option<u32> {
+        match token.len() {
+            1..=pack::LONGEST => self.short.get(&pack(token)).copied(),
+            _ => self.long.get(token).copied(),
+        }
     }
 }
 

@@ -129,21 +129,27 @@ impl Texts {
             return Err(PyTypeError::new_err(format!("item {} of {name} is null", first + at)));
         }
         let buffers = array.call_method0("buffers")?;
-        let copy = |i: usize| -> PyResult<PyBackedBytes> {
+        // An array may be a part of its buffers; only that part is copied.
+        let copy = |i: usize, from: usize, to: usize| -> PyResult<PyBackedBytes> {
             let buffer = buffers.get_item(i)?;
-            if buffer.is_none() {
+            if buffer.is_none() || from == to {
                 return Ok(PyBytes::new(py, b"").into()); // an empty array need not have any
             }
-            Ok(buffer.call_method0("to_pybytes")?.cast_into::<PyBytes>()?.into())
+            let part = buffer.call_method1("slice", (from, to - from))?;
+            Ok(part.call_method0("to_pybytes")?.cast_into::<PyBytes>()?.into())
         };
-        let (offsets, data) = (copy(1)?, copy(2)?);
-        let start: usize = array.getattr("offset")?.extract()?;
-        let offsets = offsets.chunks_exact(width).skip(start).take(array.len()? + 1);
+        let (start, n): (usize, usize) = (array.getattr("offset")?.extract()?, array.len()?);
+        let offsets = copy(1, start * width, if n == 0 { start } else { start + n + 1 } * width)?;
         let number = |bytes: &[u8]| match width {
             4 => bytes.try_into().map_or(0, |b| u64::from(u32::from_le_bytes(b))),
             _ => bytes.try_into().map_or(0, u64::from_le_bytes),
         };
-        let offsets = offsets.map(|bytes| number(bytes) as usize).collect();
+        let offsets: Vec<usize> =
+            offsets.chunks_exact(width).map(|bytes| number(bytes) as usize).collect();
+        let (first, end) = (offsets.first().copied(), offsets.last().copied());
+        let (first, end) = (first.unwrap_or(0), end.unwrap_or(0));
+        let data = copy(2, first, end)?;
+        let offsets = offsets.into_iter().map(|offset| offset.saturating_sub(first)).collect();
         Ok(Self::Arrow { data, offsets })
     }
 
