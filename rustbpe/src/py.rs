@@ -109,8 +109,8 @@ enum Texts {
 }
 
 impl Texts {
-    /// The texts of an Arrow string array, without a Python object for each. `name()` describes
-    /// the array; `first` is the index of its first text.
+    /// The texts of an Arrow string array, without a Python object for each. `name` is what
+    /// the user calls the array; `first` is the index of its first text.
     fn from_arrow(array: &Bound<'_, PyAny>, name: &str, first: usize) -> PyResult<Self> {
         let py = array.py();
         let kind = array.getattr("type")?.str()?.to_string();
@@ -235,7 +235,7 @@ impl Model {
         result.map_err(|e| signals.exception(e))
     }
 
-    /// The ids of one text. A batch of one would cost more than a short text does.
+    /// The ids of one text.
     fn encode_one(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
         Ok(self.encode(py, &[text], &[])?.ids().to_vec())
     }
@@ -304,7 +304,7 @@ impl Tokenizer {
         };
         for object in iterate(iterator, NAME)? {
             let object = object?;
-            if is_arrow(&object)? {
+            if !object.is_instance_of::<PyString>() && is_arrow(&object)? {
                 count(Texts::Strings(std::mem::take(&mut buffer)), &mut seen)?;
                 count(Texts::from_arrow(&whole(&object)?, NAME, seen)?, &mut seen)?;
                 continue;

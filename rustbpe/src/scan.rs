@@ -86,7 +86,7 @@ pub struct Scanner {
 }
 
 /// The known patterns. `{k}` stands for 1 to 3 digits.
-const PATTERNS: [(&str, Scanner); 8] = [
+const PATTERNS: [(&str, Scanner); 7] = [
     // nanochat
     (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,{k}}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -119,11 +119,6 @@ const PATTERNS: [(&str, Scanner); 8] = [
     (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         Scanner { family: Family::O200k, whole_tail: false },
-    ),
-    // GPT-2's order of contractions in Hugging Face's ByteLevel pre-tokenizer
-    (
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        Scanner { family: Family::Gpt2, whole_tail: false },
     ),
 ];
 
@@ -217,15 +212,7 @@ impl Pieces<'_> {
                 if after == Some(Class::LETTER) && !class.is(Class::BREAK) {
                     return self.run(next, Class::LETTER);
                 }
-                let others = if kind == Class::OTHER { Some(start) } else { None };
-                let others = others.or(self.blank_before(start, after, Class::OTHER));
-                match others {
-                    Some(at) => {
-                        let end = self.run(at, Class::OTHER);
-                        end + self.count(end, b"\r\n")
-                    }
-                    None => self.space(start, true),
-                }
+                self.others_or_space(start, kind, after, b"\r\n")
             }
         }
     }
@@ -262,14 +249,7 @@ impl Pieces<'_> {
             return self.digits(next, 3);
         }
         let after = self.look(next).map(|(class, _)| class.kind());
-        let others = if kind == Class::OTHER { Some(start) } else { None };
-        match others.or(self.blank_before(start, after, Class::OTHER)) {
-            Some(at) => {
-                let end = self.run(at, Class::OTHER);
-                end + self.count(end, b"\r\n/")
-            }
-            None => self.space(start, true),
-        }
+        self.others_or_space(start, kind, after, b"\r\n/")
     }
 
     /// `[UPPER]*[LOWER]+`: the end of its longest match at `at`, as a backtracking engine finds it.
@@ -316,9 +296,15 @@ impl Pieces<'_> {
         at
     }
 
-    /// Where the characters begin that follow a blank at `start`, if they are of this kind.
-    fn blank_before(&self, start: usize, after: Option<u8>, kind: u8) -> Option<usize> {
-        (self.text.as_bytes()[start] == b' ' && after == Some(kind)).then_some(start + 1)
+    /// A run of other characters, with a blank before and any of `closing` after it; or white space.
+    /// The character at `start` is of this kind, the one after it of the kind `after`.
+    fn others_or_space(&self, start: usize, kind: u8, after: Option<u8>, closing: &[u8]) -> usize {
+        let blank = self.text.as_bytes()[start] == b' ' && after == Some(Class::OTHER);
+        if kind != Class::OTHER && !blank {
+            return self.space(start, true);
+        }
+        let end = self.run(start + usize::from(blank), Class::OTHER);
+        end + self.count(end, closing)
     }
 
     /// How many of these bytes follow each other at `at`.
