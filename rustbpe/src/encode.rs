@@ -383,7 +383,7 @@ mod tests {
     use crate::train::train;
 
     fn vocabulary(pieces: &[(&str, u64)], vocab_size: u32) -> Vocabulary {
-        let merges = train(pieces.iter().copied(), vocab_size, &mut || true).unwrap();
+        let merges = train(pieces.iter().copied(), vocab_size, &mut |_| true).unwrap();
         Vocabulary::new(&merges).unwrap()
     }
 

@@ -29,6 +29,9 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(200);
 /// Items taken from an iterator between two looks for Ctrl-C.
 const ITEMS_A_CHECK: usize = 1024;
 
+/// Time between two reports of progress.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Takes the interpreter back for a moment now and then, to let Python handle signals.
 struct Signals {
     last: Instant,
@@ -46,7 +49,12 @@ impl Signals {
             return true;
         }
         self.last = Instant::now();
-        match Python::try_attach(|py| py.check_signals()) {
+        self.python(|py| py.check_signals())
+    }
+
+    /// Runs something in the interpreter; `false` when it raised, or Python is shutting down.
+    fn python(&mut self, run: impl FnOnce(Python<'_>) -> PyResult<()>) -> bool {
+        match Python::try_attach(run) {
             Some(Ok(())) => true,
             Some(Err(e)) => {
                 self.raised = Some(e);
@@ -62,6 +70,27 @@ impl Signals {
             (Error::Interrupted, Some(raised)) => raised,
             (Error::Interrupted, None) => PyKeyboardInterrupt::new_err(()),
             (error, _) => PyValueError::new_err(error.to_string()),
+        }
+    }
+}
+
+/// The user's `progress(phase, done, total)`, called about once a second.
+struct Progress {
+    callback: Option<Py<PyAny>>,
+    last: Instant,
+}
+
+impl Progress {
+    fn is_due(&self) -> bool {
+        self.callback.is_some() && self.last.elapsed() >= PROGRESS_INTERVAL
+    }
+
+    /// Calls it. Raises what it raises.
+    fn report(&mut self, py: Python<'_>, phase: &str, done: usize, total: usize) -> PyResult<()> {
+        self.last = Instant::now();
+        match &self.callback {
+            Some(callback) => callback.call1(py, (phase, done, total)).map(drop),
+            None => Ok(()),
         }
     }
 }
@@ -264,7 +293,7 @@ impl Tokenizer {
     }
 
     /// Learns up to vocab_size - 256 merges from the strings of an iterator.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None))]
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None))]
     fn train_from_iterator(
         &self,
         py: Python<'_>,
@@ -272,6 +301,7 @@ impl Tokenizer {
         vocab_size: i64,
         buffer_size: i64,
         pattern: Option<&str>,
+        progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
         let vocab_size = u32::try_from(vocab_size)
             .ok()
@@ -288,6 +318,7 @@ impl Tokenizer {
             )));
         }
         let mut signals = Signals::new();
+        let mut progress = Progress { callback: progress, last: Instant::now() };
         let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN))
             .map_err(|e| PyValueError::new_err(e.to_string()))?;
         let mut counter = Counter::new(&splitter, parallel::available_threads())
@@ -295,12 +326,15 @@ impl Tokenizer {
 
         const NAME: &str = "iterator";
         let mut seen = 0; // texts so far
+        let mut bytes = 0; // of these
         let mut buffer = Vec::new();
         let mut count = |texts: Texts, seen: &mut usize| -> PyResult<()> {
             let slices = texts.slices(NAME, *seen)?;
             *seen += slices.len();
+            bytes += slices.iter().map(|text| text.len()).sum::<usize>();
             py.detach(|| counter.add(&slices, &mut || signals.go_on()))
-                .map_err(|e| std::mem::replace(&mut signals, Signals::new()).exception(e))
+                .map_err(|e| std::mem::replace(&mut signals, Signals::new()).exception(e))?;
+            if progress.is_due() { progress.report(py, "count", bytes, 0) } else { Ok(()) }
         };
         for object in iterate(iterator, NAME)? {
             let object = object?;
@@ -319,12 +353,18 @@ impl Tokenizer {
             }
         }
         count(Texts::Strings(buffer), &mut seen)?;
+        progress.report(py, "count", bytes, 0)?;
+        let wanted = (vocab_size - FIRST_MERGE_ID) as usize;
         let result = py.detach(|| {
-            let merges =
-                train(counter.finish().into_pieces(), vocab_size, &mut || signals.go_on())?;
-            Ok(Vocabulary::new(&merges).unwrap_or_default())
+            let merges = train(counter.finish().into_pieces(), vocab_size, &mut |done| {
+                signals.go_on()
+                    && (!progress.is_due()
+                        || signals.python(|py| progress.report(py, "merge", done, wanted)))
+            })?;
+            Ok((Vocabulary::new(&merges).unwrap_or_default(), merges.len()))
         });
-        let vocabulary = result.map_err(|e| signals.exception(e))?;
+        let (vocabulary, learned) = result.map_err(|e| signals.exception(e))?;
+        progress.report(py, "merge", learned, wanted)?;
         let model = Arc::new(Model { splitter: Some(splitter), vocabulary });
         *self.model.write().unwrap_or_else(PoisonError::into_inner) = model;
         Ok(())

@@ -32,6 +32,9 @@ use rustc_hash::FxHashMap;
 use crate::parallel::Check;
 use crate::{Error, FIRST_MERGE_ID, Result};
 
+/// Told now and then how many merges are learned; `false` stops with [`Error::Interrupted`].
+pub type Watch<'a> = &'a mut dyn FnMut(usize) -> bool;
+
 /// Two adjacent tokens.
 pub type Pair = (u32, u32);
 
@@ -227,11 +230,11 @@ fn merge(
 pub fn train<P: AsRef<[u8]>>(
     pieces: impl IntoIterator<Item = (P, u64)>,
     vocab_size: u32,
-    check: Check<'_>,
+    watch: Watch<'_>,
 ) -> Result<Vec<Pair>> {
     let corpus = Corpus::new(pieces)?;
     let floor = corpus.first_floor(vocab_size);
-    train_from(corpus, vocab_size, floor, check)
+    train_from(corpus, vocab_size, floor, watch)
 }
 
 /// As [`train`], with the floor to begin with.
@@ -239,13 +242,14 @@ fn train_from(
     mut corpus: Corpus,
     vocab_size: u32,
     floor: u64,
-    check: Check<'_>,
+    watch: Watch<'_>,
 ) -> Result<Vec<Pair>> {
     let (mut merges, mut born) = (Vec::new(), Pairs::default());
     let last = vocab_size.min(GAP);
     let mut floor = floor.max(1);
     loop {
-        let mut pairs = scan(&corpus, floor, check)?;
+        let done = merges.len();
+        let mut pairs = scan(&corpus, floor, &mut || watch(done))?;
         // The greatest count on top; of equal counts the smallest pair.
         let mut heap: BinaryHeap<(u64, Reverse<u64>)> =
             pairs.iter().map(|(&key, entry)| (entry.count, Reverse(key))).collect();
@@ -262,7 +266,9 @@ fn train_from(
                 continue;
             }
             let positions = entry.remove().positions;
-            let id = FIRST_MERGE_ID + merges.len() as u32;
+            let done = merges.len();
+            let id = FIRST_MERGE_ID + done as u32;
+            let check: Check<'_> = &mut || watch(done);
             merge(&mut corpus, &mut pairs, &mut born, pair(key), id, &positions, check)?;
             // Only now: while the merge went on, their counts were still changing.
             for (key, occurrences) in born.drain().filter(|(_, known)| known.count >= floor) {
@@ -288,7 +294,7 @@ mod tests {
     const D: u32 = b'd' as u32;
 
     fn learn(pieces: &[(&str, u64)], vocab_size: u32) -> Vec<Pair> {
-        train(pieces.iter().copied(), vocab_size, &mut || true).unwrap()
+        train(pieces.iter().copied(), vocab_size, &mut |_| true).unwrap()
     }
 
     /// The rule of the module's head, word for word: everything is counted anew for each merge.
@@ -395,7 +401,7 @@ mod tests {
             assert_eq!(learn(&words, 400), expected, "{words:?}");
             for floor in [2, 7, 100] {
                 let corpus = Corpus::new(words.iter().copied()).unwrap();
-                let merges = train_from(corpus, 400, floor, &mut || true).unwrap();
+                let merges = train_from(corpus, 400, floor, &mut |_| true).unwrap();
                 assert_eq!(merges, expected, "from {floor}: {words:?}");
             }
         }
@@ -412,7 +418,7 @@ mod tests {
     #[test]
     fn interrupt() {
         let mut left = 3;
-        let result = train([("abcdefgh", 1)], 300, &mut || {
+        let result = train([("abcdefgh", 1)], 300, &mut |_| {
             left -= 1;
             left > 0
         });

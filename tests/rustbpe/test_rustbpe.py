@@ -342,6 +342,39 @@ def test_ctrl_c(phase: str) -> None:
     assert learned(tokenizer) == [b"ab"]
 
 
+@only_ours
+def test_progress() -> None:
+    heard: list[tuple[str, int, int]] = []
+    texts = ["some words to count, "] * 1000
+    tokenizer = train(texts, 270, progress=lambda *told: heard.append(told))
+    learned_here = tokenizer.vocab_size - 256
+    assert heard == [
+        ("count", sum(map(len, texts)), 0),
+        ("merge", learned_here, 14),
+    ]
+
+
+@only_ours
+def test_progress_comes_about_once_a_second_and_may_stop_the_training() -> None:
+    def texts():
+        for _ in range(60):
+            time.sleep(0.1)
+            yield "a few words"
+
+    def stop(phase: str, done: int, total: int) -> None:
+        assert phase == "count" and total == 0 and done % len("a few words") == 0
+        times.append(time.monotonic())
+        if len(times) == 2:
+            raise RuntimeError("enough")
+
+    times = [time.monotonic()]
+    tokenizer = train(["abab"], 257)
+    with pytest.raises(RuntimeError, match="enough"):
+        tokenizer.train_from_iterator(texts(), 300, buffer_size=1, progress=stop)
+    assert 0.9 < times[1] - times[0] < 3
+    assert learned(tokenizer) == [b"ab"]
+
+
 def test_the_gil_is_released() -> None:
     done = threading.Event()
     ticks = 0

@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -23,6 +23,7 @@ class Tokenizer:
         vocab_size: int,
         buffer_size: int = 8192,
         pattern: str | None = None,
+        progress: Callable[[str, int, int], object] | None = None,
     ) -> None:
         """Learns up to ``vocab_size - 256`` merges from the texts of ``iterator``.
 
@@ -33,6 +34,10 @@ class Tokenizer:
         released. ``pattern`` cuts the text into pieces (default: GPT-4's); text that it does not
         match is dropped. A vocabulary smaller than asked for comes out of a corpus that has no
         more pairs. Ctrl-C works throughout, and after any exception the tokenizer is as before.
+
+        ``progress(phase, done, total)`` is called about once a second and at the end of each phase,
+        on the calling thread: ``("count", bytes counted so far, 0)``, then ``("merge", merges
+        learned, merges wanted)``. What it raises stops the training and comes through.
 
         Raises ``ValueError`` (vocab_size below 256, buffer_size below 1, an invalid pattern, a
         lone surrogate), ``TypeError`` (an item that is no str; its index is named), and whatever
