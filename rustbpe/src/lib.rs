@@ -12,6 +12,8 @@
 //! [`parallel`] holds the one threading primitive the steps share. None of these files knows of
 //! Python; the bindings are `py.rs`, behind the feature `python`.
 
+pub mod batch;
+pub mod block;
 pub mod count;
 pub mod encode;
 pub mod pack;
@@ -22,6 +24,8 @@ pub mod train;
 
 #[cfg(feature = "python")]
 mod py;
+#[cfg(feature = "python")]
+mod texts;
 
 use std::fmt;
 

@@ -4,7 +4,36 @@
 /// The longest piece that fits.
 pub const LONGEST: usize = 15;
 
-/// 1 to 15 bytes as one number, different for different bytes.
+/// The piece `text[start..end]`, of 1 to 15 bytes, as one number, different for different bytes.
+#[inline(always)]
+pub fn pack_at(text: &[u8], start: usize, end: usize) -> u128 {
+    let n = end - start;
+    // Sixteen bytes are loaded and what does not belong to the piece is cut off: no branch on its
+    // length, which no processor can foresee.
+    match text.get(start..start + 16) {
+        Some(bytes) if n <= LONGEST => {
+            let low = word(&bytes[..8]) & KEEP[n];
+            let high = word(&bytes[8..]) & KEEP[16 + n];
+            u128::from(low) | u128::from(high | (n as u64) << 56) << 64
+        }
+        _ => pack(&text[start..end]),
+    }
+}
+
+/// `KEEP[n]` keeps the first n of 8 bytes, `KEEP[16 + n]` those of the next 8 that the first n of
+/// 16 contain.
+const KEEP: [u64; 32] = {
+    let mut keep = [0; 32];
+    let mut n = 1;
+    while n < 16 {
+        keep[n] = if n >= 8 { u64::MAX } else { (1 << (8 * n)) - 1 };
+        keep[16 + n] = if n > 8 { (1 << (8 * (n - 8))) - 1 } else { 0 };
+        n += 1;
+    }
+    keep
+};
+
+/// 1 to 15 bytes as one number, the same as [`pack_at`] gives.
 #[inline]
 pub fn pack(piece: &[u8]) -> u128 {
     let n = piece.len();
@@ -23,7 +52,9 @@ pub fn pack(piece: &[u8]) -> u128 {
     u128::from(low) | u128::from(high) << 64 | (n as u128) << 120
 }
 
-fn word(bytes: &[u8]) -> u64 {
+/// Eight bytes as a number, the first one lowest.
+#[inline(always)]
+pub fn word(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
 }
 
@@ -31,19 +62,20 @@ fn half(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, |bytes| u64::from(u32::from_le_bytes(bytes)))
 }
 
-/// A hash of all bits of the key in the low bits.
-#[inline]
+/// A hash of all bits of the key; its low bits are as good as any.
+#[inline(always)]
 pub fn hash(key: u128) -> u64 {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15; // 2^64 divided by the golden ratio
+    const OTHER: u64 = 0xd6e8_feb8_6659_fd93; // another odd number without a pattern
     let (low, high) = (key as u64, (key >> 64) as u64);
-    let product = u128::from(low ^ high.rotate_left(32)) * u128::from(ODD);
-    let mixed = (product as u64) ^ ((product >> 64) as u64) ^ high.wrapping_mul(ODD);
-    mixed ^ (mixed >> 29)
+    let sum = low.wrapping_mul(ODD).wrapping_add(high.wrapping_mul(OTHER));
+    // A bit of a product depends on the lower ones of the key only: the high ones are well mixed.
+    sum ^ sum >> 32
 }
 
-/// The bytes that [`pack`] made this number of.
-pub fn unpack(key: u128) -> Vec<u8> {
-    key.to_le_bytes()[..(key >> 120) as usize].to_vec()
+/// The bytes that [`pack`] made this number of, and how many of the 16 they are.
+pub fn unpack(key: u128) -> ([u8; 16], usize) {
+    (key.to_le_bytes(), (key >> 120) as usize)
 }
 
 #[cfg(test)]
@@ -52,11 +84,16 @@ mod tests {
 
     #[test]
     fn unpack_gives_back_what_was_packed() {
-        let bytes = b"\x00\xff0123456789abcdef";
+        let long = b"\x00\xff0123456789abcdefghijkl";
         for start in 0..3 {
             for length in 1..=LONGEST {
-                let piece = &bytes[start..start + length];
-                assert_eq!(unpack(pack(piece)), piece);
+                let piece = &long[start..start + length];
+                let (bytes, n) = unpack(pack(piece));
+                assert_eq!(&bytes[..n], piece);
+                for text in [&long[..], piece] {
+                    let at = if text.len() == length { 0 } else { start };
+                    assert_eq!(pack_at(text, at, at + length), pack(piece));
+                }
             }
         }
     }

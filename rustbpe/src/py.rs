@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyKeyboardInterrupt, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
+use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 
+use crate::batch::{Caches, Encoded, Id, encode_batch};
 use crate::count::Counter;
-use crate::encode::{Encoded, Vocabulary};
+use crate::encode::{MAX_TOKENS, Vocabulary};
 use crate::parallel;
 use crate::split::Splitter;
+use crate::texts::{self, Texts, is_arrow, item, iterate, repaired, whole};
 use crate::train::train;
 use crate::{Error, FIRST_MERGE_ID};
 
@@ -95,178 +96,65 @@ impl Progress {
     }
 }
 
-/// The UTF-8 bytes of the str `object`, which `name()` describes to the user. They stay in the
-/// Python object, which is kept alive: nothing is copied.
-fn text(object: Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<PyBackedStr> {
-    let py = object.py();
-    let string = match object.cast_into::<PyString>() {
-        Ok(string) => string,
-        Err(e) => {
-            let found = e.into_inner().get_type().fully_qualified_name()?;
-            return Err(PyTypeError::new_err(format!("{} must be str, not {found}", name())));
-        }
-    };
-    PyBackedStr::try_from(string).map_err(|e| {
-        // Half a surrogate pair: such a str has no UTF-8.
-        let error = PyValueError::new_err(format!("{} is not valid text: {}", name(), e.value(py)));
-        error.set_cause(py, Some(e));
-        error
-    })
-}
-
-/// As [`text`], but halves of surrogate pairs that stand alone become U+FFFD, as in tiktoken.
-fn repaired(object: Bound<'_, PyAny>, name: impl Fn() -> String) -> PyResult<PyBackedStr> {
-    match text(object.clone(), name) {
-        Err(e) if e.is_instance_of::<PyValueError>(object.py()) => {
-            let pairs = object.call_method1("encode", ("utf-16", "surrogatepass"))?;
-            let whole = pairs.call_method1("decode", ("utf-16", "replace"))?;
-            Ok(PyBackedStr::try_from(whole.cast_into::<PyString>()?)?)
-        }
-        other => other,
-    }
-}
-
-/// As [`text`], for one of many.
-fn item(object: Bound<'_, PyAny>, texts: &str, index: usize) -> PyResult<PyBackedStr> {
-    text(object, || format!("item {index} of {texts}"))
-}
-
-/// Many texts, held where Python has them.
-enum Texts {
-    Strings(Vec<PyBackedStr>),
-    Arrow { data: PyBackedBytes, offsets: Vec<usize> },
-}
-
-impl Texts {
-    /// The texts of an Arrow string array, without a Python object for each. `name` is what
-    /// the user calls the array; `first` is the index of its first text.
-    fn from_arrow(array: &Bound<'_, PyAny>, name: &str, first: usize) -> PyResult<Self> {
-        let py = array.py();
-        let kind = array.getattr("type")?.str()?.to_string();
-        let width = match &kind[..] {
-            "string" => 4,
-            "large_string" => 8,
-            _ => {
-                let message = format!("{name} must hold strings, found an Arrow array of {kind}");
-                return Err(PyTypeError::new_err(message));
-            }
-        };
-        if array.getattr("null_count")?.extract::<usize>()? > 0 {
-            let nulls = array.call_method0("is_null")?;
-            let at: usize =
-                nulls.call_method1("index", (true,))?.call_method0("as_py")?.extract()?;
-            return Err(PyTypeError::new_err(format!("item {} of {name} is null", first + at)));
-        }
-        let buffers = array.call_method0("buffers")?;
-        // An array may be a part of its buffers; only that part is copied.
-        let copy = |i: usize, from: usize, to: usize| -> PyResult<PyBackedBytes> {
-            let buffer = buffers.get_item(i)?;
-            if buffer.is_none() || from == to {
-                return Ok(PyBytes::new(py, b"").into()); // an empty array need not have any
-            }
-            let part = buffer.call_method1("slice", (from, to - from))?;
-            Ok(part.call_method0("to_pybytes")?.cast_into::<PyBytes>()?.into())
-        };
-        let (start, n): (usize, usize) = (array.getattr("offset")?.extract()?, array.len()?);
-        let offsets = copy(1, start * width, if n == 0 { start } else { start + n + 1 } * width)?;
-        let number = |bytes: &[u8]| match width {
-            4 => bytes.try_into().map_or(0, |b| u64::from(u32::from_le_bytes(b))),
-            _ => bytes.try_into().map_or(0, u64::from_le_bytes),
-        };
-        let offsets: Vec<usize> =
-            offsets.chunks_exact(width).map(|bytes| number(bytes) as usize).collect();
-        let (first, end) = (offsets.first().copied(), offsets.last().copied());
-        let (first, end) = (first.unwrap_or(0), end.unwrap_or(0));
-        let data = copy(2, first, end)?;
-        let offsets = offsets.into_iter().map(|offset| offset.saturating_sub(first)).collect();
-        Ok(Self::Arrow { data, offsets })
-    }
-
-    /// An Arrow array, or an iterable of str, each taken by `take(object, index)`.
-    fn from_iterable<'py>(
-        texts: &Bound<'py, PyAny>,
-        name: &str,
-        take: impl Fn(Bound<'py, PyAny>, usize) -> PyResult<PyBackedStr>,
-    ) -> PyResult<Self> {
-        if is_arrow(texts)? {
-            return Self::from_arrow(&whole(texts)?, name, 0);
-        }
-        let items = iterate(texts, name)?.enumerate();
-        let strings = items.map(|(i, object)| take(object?, i)).collect::<PyResult<_>>()?;
-        Ok(Self::Strings(strings))
-    }
-
-    /// The texts as slices. An Arrow array is checked to be UTF-8 within its bounds.
-    fn slices(&self, name: &str, first: usize) -> PyResult<Vec<&str>> {
-        match self {
-            Self::Strings(strings) => Ok(strings.iter().map(|s| &**s).collect()),
-            Self::Arrow { data, offsets } => offsets
-                .windows(2)
-                .enumerate()
-                .map(|(i, bounds)| {
-                    let bytes = data.get(bounds[0]..bounds[1]);
-                    bytes.and_then(|bytes| std::str::from_utf8(bytes).ok()).ok_or_else(|| {
-                        PyValueError::new_err(format!(
-                            "item {} of {name} is not valid text: its bytes are no UTF-8",
-                            first + i
-                        ))
-                    })
-                })
-                .collect(),
-        }
-    }
-
-    fn len(&self) -> usize {
-        match self {
-            Self::Strings(strings) => strings.len(),
-            Self::Arrow { offsets, .. } => offsets.len().saturating_sub(1),
-        }
-    }
-}
-
-/// True for an Arrow array, chunked or not.
-fn is_arrow(object: &Bound<'_, PyAny>) -> PyResult<bool> {
-    Ok(object.hasattr("__arrow_c_array__")? || object.hasattr("__arrow_c_stream__")?)
-}
-
-/// The Arrow array in one piece.
-fn whole<'py>(array: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-    if array.hasattr("combine_chunks")? {
-        array.call_method0("combine_chunks")
-    } else {
-        Ok(array.clone())
-    }
-}
-
-/// Iterates over `texts`, which must not be one str: its letters would be the items.
-fn iterate<'py>(texts: &Bound<'py, PyAny>, name: &str) -> PyResult<Bound<'py, PyIterator>> {
-    if texts.is_instance_of::<PyString>() {
-        return Err(PyTypeError::new_err(format!(
-            "{name} must be an iterable of str, not one str; put it into a list"
-        )));
-    }
-    texts.try_iter()
-}
-
 /// A trained model, never changed: training again makes another.
 struct Model {
     splitter: Option<Splitter>, // None before training
     vocabulary: Vocabulary,
+    caches: Caches,
 }
 
 impl Model {
-    fn encode(&self, py: Python<'_>, texts: &[&str], prepend: &[u32]) -> PyResult<Encoded> {
+    fn new(splitter: Option<Splitter>, vocabulary: Vocabulary) -> Self {
+        Self { splitter, vocabulary, caches: Caches::default() }
+    }
+
+    fn encode<T: Id>(
+        &self,
+        py: Python<'_>,
+        texts: &[&str],
+        prepend: Option<T>,
+    ) -> PyResult<Encoded<T>> {
+        let Self { splitter, vocabulary, caches } = self;
         let mut signals = Signals::new();
-        let splitter = self.splitter.as_ref();
         let result = py.detach(|| {
-            self.vocabulary.encode_batch(splitter, texts, prepend, &mut || signals.go_on())
+            let check = &mut || signals.go_on();
+            encode_batch(vocabulary, splitter.as_ref(), texts, prepend, caches, check)
         });
         result.map_err(|e| signals.exception(e))
     }
 
     /// The ids of one text.
     fn encode_one(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
-        Ok(self.encode(py, &[text], &[])?.ids().to_vec())
+        Ok(self.encode(py, &[text], None)?.parts().flatten().copied().collect())
+    }
+
+    /// (ids, offsets) of many texts as NumPy arrays, the ids of the NumPy type `kind`.
+    fn encode_arrays<'py, T: Id>(
+        &self,
+        py: Python<'py>,
+        texts: &[&str],
+        prepend: Option<u32>,
+        kind: &str,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+        let encoded: Encoded<T> = self.encode(py, texts, prepend.map(T::of))?;
+        let width = size_of::<T>();
+        let ids = PyBytes::new_with(py, encoded.len() * width, |mut out| {
+            for part in encoded.parts() {
+                let (place, rest) = out.split_at_mut(size_of_val(part));
+                T::write(part, place);
+                out = rest;
+            }
+            Ok(())
+        })?;
+        let offsets = PyBytes::new_with(py, (texts.len() + 1) * 8, |out| {
+            let ends = std::iter::once(&0).chain(encoded.ends());
+            for (place, &end) in out.chunks_exact_mut(8).zip(ends) {
+                place.copy_from_slice(&(end as u64).to_le_bytes());
+            }
+            Ok(())
+        })?;
+        let array = py.import("numpy")?.getattr("frombuffer")?;
+        Ok((array.call1((ids, kind))?, array.call1((offsets, "<i8"))?))
     }
 }
 
@@ -288,8 +176,7 @@ impl Tokenizer {
 impl Tokenizer {
     #[new]
     fn new() -> Self {
-        let vocabulary = Vocabulary::default();
-        Self { model: RwLock::new(Arc::new(Model { splitter: None, vocabulary })) }
+        Self { model: RwLock::new(Arc::new(Model::new(None, Vocabulary::default()))) }
     }
 
     /// Learns up to vocab_size - 256 merges from the strings of an iterator.
@@ -305,11 +192,10 @@ impl Tokenizer {
     ) -> PyResult<()> {
         let vocab_size = u32::try_from(vocab_size)
             .ok()
-            .filter(|&size| size >= FIRST_MERGE_ID)
+            .filter(|&size| size >= FIRST_MERGE_ID && size as usize <= MAX_TOKENS)
             .ok_or_else(|| {
                 PyValueError::new_err(format!(
-                    "vocab_size must be from 256 (the bytes) to {}, got {vocab_size}",
-                    u32::MAX
+                    "vocab_size must be from 256 (the bytes) to {MAX_TOKENS}, got {vocab_size}"
                 ))
             })?;
         if buffer_size < 1 {
@@ -356,7 +242,7 @@ impl Tokenizer {
         progress.report(py, "count", bytes, 0)?;
         let wanted = (vocab_size - FIRST_MERGE_ID) as usize;
         let result = py.detach(|| {
-            let merges = train(counter.finish().into_pieces(), vocab_size, &mut |done| {
+            let merges = train(&counter.finish(), vocab_size, &mut |done| {
                 signals.go_on()
                     && (!progress.is_due()
                         || signals.python(|py| progress.report(py, "merge", done, wanted)))
@@ -365,7 +251,7 @@ impl Tokenizer {
         });
         let (vocabulary, learned) = result.map_err(|e| signals.exception(e))?;
         progress.report(py, "merge", learned, wanted)?;
-        let model = Arc::new(Model { splitter: Some(splitter), vocabulary });
+        let model = Arc::new(Model::new(Some(splitter), vocabulary));
         *self.model.write().unwrap_or_else(PoisonError::into_inner) = model;
         Ok(())
     }
@@ -391,15 +277,14 @@ impl Tokenizer {
 
     /// The token ids of a text.
     fn encode(&self, text: Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
-        let (py, text) = (text.py(), self::text(text, || "text".to_owned())?);
+        let (py, text) = (text.py(), texts::text(text, || "text".to_owned())?);
         self.model().encode_one(py, &text)
     }
 
     /// The token ids of every text, in order, computed on all cores.
     fn batch_encode(&self, py: Python<'_>, texts: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<u32>>> {
         let texts = Texts::from_iterable(texts, "texts", |text, i| item(text, "texts", i))?;
-        let encoded = self.model().encode(py, &texts.slices("texts", 0)?, &[])?;
-        Ok(encoded.rows().map(<[u32]>::to_vec).collect())
+        Ok(self.model().encode(py, &texts.slices("texts", 0)?, None)?.rows())
     }
 
     /// The text of token ids; UnicodeDecodeError where they cut a character in half.
@@ -435,7 +320,7 @@ impl Encoder {
             ranks.push((token.as_bytes().to_vec(), rank));
         }
         let vocabulary = Vocabulary::from_ranks(ranks).map_err(error)?;
-        Ok(Self { model: Model { splitter, vocabulary } })
+        Ok(Self { model: Model::new(splitter, vocabulary) })
     }
 
     /// Number of tokens.
@@ -461,38 +346,13 @@ impl Encoder {
         let texts = Texts::from_iterable(texts, "texts", |text, i| {
             repaired(text, || format!("item {i} of texts"))
         })?;
-        let prepend: Vec<u32> = prepend.into_iter().collect();
-        let encoded = self.model.encode(py, &texts.slices("texts", 0)?, &prepend)?;
-        let largest = prepend.iter().copied().max().unwrap_or(0).max(self.vocab_size() as u32 - 1);
-        let ids = encoded.ids();
-        let (kind, bytes) = if largest <= u32::from(u16::MAX) {
-            let bytes = PyBytes::new_with(py, ids.len() * 2, |out| {
-                for (place, id) in out.chunks_exact_mut(2).zip(ids) {
-                    place.copy_from_slice(&(*id as u16).to_le_bytes());
-                }
-                Ok(())
-            })?;
-            ("<u2", bytes)
+        let texts = texts.slices("texts", 0)?;
+        let largest = prepend.unwrap_or(0).max(self.vocab_size() as u32 - 1);
+        if largest <= u32::from(u16::MAX) {
+            self.model.encode_arrays::<u16>(py, &texts, prepend, "<u2")
         } else {
-            let bytes = PyBytes::new_with(py, ids.len() * 4, |out| {
-                for (place, id) in out.chunks_exact_mut(4).zip(ids) {
-                    place.copy_from_slice(&id.to_le_bytes());
-                }
-                Ok(())
-            })?;
-            ("<u4", bytes)
-        };
-        let offsets = PyBytes::new_with(py, (texts.len() + 1) * 8, |out| {
-            let mut end = 0u64;
-            let lengths = std::iter::once(0).chain(encoded.rows().map(<[u32]>::len));
-            for (place, length) in out.chunks_exact_mut(8).zip(lengths) {
-                end += length as u64;
-                place.copy_from_slice(&end.to_le_bytes());
-            }
-            Ok(())
-        })?;
-        let array = py.import("numpy")?.getattr("frombuffer")?;
-        Ok((array.call1((bytes, kind))?, array.call1((offsets, "<i8"))?))
+            self.model.encode_arrays::<u32>(py, &texts, prepend, "<u4")
+        }
     }
 }
 

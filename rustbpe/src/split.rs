@@ -8,10 +8,16 @@
 //! one match. That ends a hopeless pattern at once; with a good one it takes a run of a million
 //! blanks to get there, and tiktoken, which has the same engine, fails on the same texts.
 
-use fancy_regex::{Matches, Regex};
+use fancy_regex::Regex;
 
-use crate::scan::{self, Scanner};
+use crate::scan::Scanner;
 use crate::{Error, Result};
+
+/// Bytes of a long text that one thread takes at a time.
+const SEGMENT: usize = 1 << 18;
+
+/// Pieces that [`Splitter::batches`] hands over at a time.
+pub const BATCH: usize = 256;
 
 /// A split pattern, ready to use.
 #[derive(Debug, Clone)]
@@ -46,13 +52,78 @@ impl Splitter {
         Self::new(&self.pattern)
     }
 
-    /// The non-empty pieces of `text`, from left to right.
-    pub fn pieces<'s, 't>(&'s self, text: &'t str) -> Pieces<'s, 't> {
-        match &self.method {
-            Method::Scanner(scanner) => Pieces::Scanned(scanner.pieces(text)),
-            // The offset is the end of the last piece, for the error message
-            Method::Engine(regex) => Pieces::Matched { found: regex.find_iter(text), offset: 0 },
+    /// Calls `visit(start, end)` for each non-empty piece of `text`, from left to right. Stops at
+    /// the first error.
+    #[inline]
+    pub fn each(
+        &self,
+        text: &str,
+        mut visit: impl FnMut(usize, usize) -> Result<()>,
+    ) -> Result<()> {
+        let regex = match &self.method {
+            Method::Scanner(scanner) => return scanner.each(text, visit),
+            Method::Engine(regex) => regex,
+        };
+        let mut offset = 0; // the end of the last match, for the error
+        for found in regex.find_iter(text) {
+            let found = found.map_err(|e| Error::Split { offset, reason: e.to_string() })?;
+            offset = found.end();
+            if found.start() < offset {
+                visit(found.start(), offset)?;
+            }
         }
+        Ok(())
+    }
+
+    /// `text` in segments of about SEGMENT bytes that can be split by themselves, with the same
+    /// pieces. A pattern without a scanner has to see all of it.
+    pub fn segments<'t>(&self, text: &'t str) -> Vec<&'t str> {
+        let (mut segments, mut rest) = (Vec::new(), text);
+        while let (Method::Scanner(_), Some(most)) = (&self.method, rest.len().checked_sub(SEGMENT))
+        {
+            // With every known pattern a piece begins at a blank between two ASCII letters.
+            let between = |i: usize| match &rest.as_bytes()[i..i + 3] {
+                [a, b' ', b] => a.is_ascii_alphabetic() && b.is_ascii_alphabetic(),
+                _ => false,
+            };
+            let end = (SEGMENT..SEGMENT + most.saturating_sub(3)).find(|&i| between(i));
+            let Some(end) = end else { break };
+            let (segment, after) = rest.split_at(end + 1);
+            segments.push(segment);
+            rest = after;
+        }
+        segments.push(rest);
+        segments
+    }
+
+    /// As [`Self::each`], with many pieces at a time.
+    #[inline]
+    pub fn batches(
+        &self,
+        text: &str,
+        mut visit: impl FnMut(&[(usize, usize)]) -> Result<()>,
+    ) -> Result<()> {
+        let (mut pieces, mut n) = ([(0, 0); BATCH], 0);
+        self.each(text, |start, end| {
+            pieces[n] = (start, end);
+            n += 1;
+            if n == BATCH {
+                n = 0;
+                return visit(&pieces);
+            }
+            Ok(())
+        })?;
+        visit(&pieces[..n])
+    }
+
+    /// The non-empty pieces of `text`, from left to right.
+    pub fn pieces<'t>(&self, text: &'t str) -> Result<Vec<&'t str>> {
+        let mut pieces = Vec::new();
+        self.each(text, |start, end| {
+            pieces.push(&text[start..end]);
+            Ok(())
+        })?;
+        Ok(pieces)
     }
 }
 
@@ -64,41 +135,12 @@ fn compile(pattern: &str) -> Result<Regex> {
     Regex::new(pattern).map_err(|e| error(e.to_string()))
 }
 
-/// Iterator over the pieces of a text.
-pub enum Pieces<'s, 't> {
-    Scanned(scan::Pieces<'t>),
-    Matched { found: Matches<'s, 't, str>, offset: usize },
-}
-
-impl<'t> Iterator for Pieces<'_, 't> {
-    type Item = Result<&'t str>;
-
-    #[inline]
-    fn next(&mut self) -> Option<Result<&'t str>> {
-        match self {
-            Self::Scanned(pieces) => pieces.next().map(Ok),
-            Self::Matched { found, offset } => loop {
-                match found.next()? {
-                    Ok(m) if m.as_str().is_empty() => *offset = m.end(),
-                    Ok(m) => {
-                        *offset = m.end();
-                        return Some(Ok(m.as_str()));
-                    }
-                    Err(e) => {
-                        return Some(Err(Error::Split { offset: *offset, reason: e.to_string() }));
-                    }
-                }
-            },
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn split<'t>(pattern: &str, text: &'t str) -> Result<Vec<&'t str>> {
-        Splitter::new(pattern).unwrap().pieces(text).collect()
+        Splitter::new(pattern).unwrap().pieces(text)
     }
 
     #[test]

@@ -26,10 +26,13 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::collections::hash_map::Entry;
+use std::hint::black_box;
+use std::ops::Range;
 
 use rustc_hash::FxHashMap;
 
-use crate::parallel::Check;
+use crate::count::Counts;
+use crate::parallel::{self, Check, Pulse};
 use crate::{Error, FIRST_MERGE_ID, Result};
 
 /// Told now and then how many merges are learned; `false` stops with [`Error::Interrupted`].
@@ -45,93 +48,159 @@ pub const MAX_POSITIONS: usize = (SPAN - 1) as usize;
 const MERGES_A_CHECK: usize = 1 << 16;
 
 /// By what the floor is divided when it gets lower: a pass over everything for each step.
-const FLOOR_STEP: u64 = 4;
+const FLOOR_STEP: u64 = 16;
 
 /// In a slot: this slot lies inside a token; the other bits are the token's length in bytes.
 const SPAN: u32 = 1 << 31;
-/// In a slot: no token. Stands before, between and after the pieces.
+/// In a slot: no token begins or goes on here.
 const GAP: u32 = SPAN - 1;
+/// Stands before, between and after the pieces.
+const GAP_SLOT: Slot = Slot { token: GAP, weight: 0 };
+/// In a slot's weight: the other bits are an index into [`Corpus::heavy`].
+const HEAVY: u32 = 1 << 31;
+
+/// Positions that are looked at ahead of a merge.
+const AHEAD: usize = 32;
+
+/// One byte of a piece.
+#[derive(Clone, Copy)]
+struct Slot {
+    token: u32,
+    weight: u32, // occurrences of the piece in the text, or where they are written
+}
 
 /// All distinct pieces, one slot a byte, with a gap around each.
 ///
 /// A token of length n takes n slots. Its id stands in the first; if n > 1, the second and the
 /// last slot hold `SPAN | n`. That is enough to step to either neighbour, so a linked list costs
-/// no memory of its own.
+/// no memory of its own. All that a merge wants to know of a place is in one line of the cache.
 struct Corpus {
-    slots: Vec<u32>,
-    piece: Vec<u32>,  // slot -> index into counts
-    counts: Vec<u64>, // piece -> occurrences in the text
+    slots: Vec<Slot>,
+    heavy: Vec<u64>,  // weights of 31 bits and more
+    cuts: Vec<usize>, // some of the beginnings of pieces
 }
 
+/// Of the hash of a pair in a scan: 8 MB of sums a thread.
+const BUCKET_BITS: u32 = 20;
+
+/// Slots between two cuts, at which threads can share the work.
+const CUT: usize = 1 << 16;
+
 impl Corpus {
-    fn new<P: AsRef<[u8]>>(pieces: impl IntoIterator<Item = (P, u64)>) -> Result<Self> {
-        let mut corpus = Self { slots: vec![GAP], piece: vec![0], counts: Vec::new() };
-        for (piece, count) in pieces {
-            let bytes = piece.as_ref();
-            if bytes.len() < 2 || count == 0 {
-                continue; // no pair in it
-            }
-            if corpus.slots.len() + bytes.len() + 1 > MAX_POSITIONS {
-                return Err(Error::TooMuchText { bytes: corpus.slots.len() + bytes.len() });
-            }
-            let index = corpus.counts.len() as u32;
-            corpus.slots.extend(bytes.iter().map(|&byte| u32::from(byte)));
-            corpus.slots.push(GAP);
-            corpus.piece.resize(corpus.slots.len(), index);
-            corpus.counts.push(count);
+    fn new() -> Self {
+        Self { slots: vec![GAP_SLOT], heavy: Vec::new(), cuts: vec![1] }
+    }
+
+    /// Adds a piece that occurs `count` times.
+    fn add(&mut self, piece: &[u8], count: u64) -> Result<()> {
+        if piece.len() < 2 || count == 0 {
+            return Ok(()); // no pair in it
         }
-        Ok(corpus)
+        let start = self.slots.len();
+        if start + piece.len() + 1 > MAX_POSITIONS {
+            return Err(Error::TooMuchText { bytes: start + piece.len() });
+        }
+        if start - self.cuts[self.cuts.len() - 1] >= CUT {
+            self.cuts.push(start);
+        }
+        let weight = self.weigh(count);
+        let slot = |&byte| Slot { token: u32::from(byte), weight };
+        self.slots.extend(piece.iter().map(slot));
+        self.slots.push(GAP_SLOT);
+        Ok(())
+    }
+
+    fn weigh(&mut self, count: u64) -> u32 {
+        match u32::try_from(count) {
+            Ok(weight) if weight < HEAVY => weight,
+            _ => {
+                self.heavy.push(count);
+                (self.heavy.len() - 1) as u32 | HEAVY
+            }
+        }
+    }
+
+    /// How often the piece that holds this slot occurs in the text.
+    #[inline]
+    fn count(&self, slot: usize) -> u64 {
+        let weight = self.slots[slot].weight;
+        if weight & HEAVY == 0 { u64::from(weight) } else { self.heavy[(weight ^ HEAVY) as usize] }
     }
 
     /// A floor that the first merges are well above: a guess, on which only the speed depends.
     fn first_floor(&self, vocab_size: u32) -> u64 {
-        let ends = self.slots.iter().zip(&self.piece).filter(|&(&token, _)| token != GAP);
-        let bytes: u64 = ends.map(|(_, &piece)| self.counts[piece as usize]).sum();
+        let bytes: u64 = (0..self.slots.len()).map(|slot| self.count(slot)).sum();
         bytes / (u64::from(vocab_size.max(1)) * 4)
     }
 
-    /// Calls `visit(key, position, count)` for each pair, from left to right.
-    fn each_pair(&self, check: Check<'_>, mut visit: impl FnMut(u64, u32, u64)) -> Result<()> {
-        let (mut p, mut visited) = (0, 0);
-        while p < self.slots.len() {
-            let token = self.slots[p];
+    /// Does `work` for as many parts as there are threads; the results come in order.
+    fn each_part<R: Send>(
+        &self,
+        check: Check<'_>,
+        work: impl Fn(Range<usize>, &mut Pulse<'_>) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
+        let threads = parallel::threads_for(self.slots.len()).min(self.cuts.len());
+        let cut = |k| *self.cuts.get(k * self.cuts.len() / threads).unwrap_or(&self.slots.len());
+        let mut done: Vec<Vec<(usize, R)>> = Vec::new();
+        done.resize_with(threads, Vec::new);
+        parallel::for_each(&mut done, threads, check, |mine, k, pulse| {
+            mine.push((k, work(cut(k)..cut(k + 1), pulse)?));
+            Ok(())
+        })?;
+        let mut done: Vec<(usize, R)> = done.into_iter().flatten().collect();
+        done.sort_unstable_by_key(|&(part, _)| part);
+        Ok(done.into_iter().map(|(_, result)| result).collect())
+    }
+
+    /// Calls `visit(key, position)` for each pair of a part, from left to right.
+    fn each_pair(
+        &self,
+        part: Range<usize>,
+        pulse: &mut Pulse<'_>,
+        mut visit: impl FnMut(u64, u32),
+    ) -> Result<()> {
+        let (mut p, mut next_beat) = (part.start, part.start);
+        while p < part.end {
+            if p >= next_beat {
+                pulse.beat()?;
+                next_beat = p + MERGES_A_CHECK;
+            }
+            let token = self.slots[p].token;
             if token == GAP {
                 p += 1;
                 continue;
             }
             let next = self.next(p);
-            if self.slots[next] != GAP {
-                let count = self.counts[self.piece[p] as usize];
-                visit(key((token, self.slots[next])), p as u32, count);
+            if self.slots[next].token != GAP {
+                visit(key((token, self.slots[next].token)), p as u32);
             }
             p = next;
-            visited += 1;
-            if visited % MERGES_A_CHECK == 0 && !check() {
-                return Err(Error::Interrupted);
-            }
         }
         Ok(())
     }
 
     /// The position after the token at `p`: another token's, or a gap's.
+    #[inline]
     fn next(&self, p: usize) -> usize {
-        let slot = self.slots[p + 1];
+        let slot = self.slots[p + 1].token;
         if slot & SPAN == 0 { p + 1 } else { p + (slot ^ SPAN) as usize }
     }
 
     /// The position before the token at `p`: another token's, or a gap's.
+    #[inline]
     fn previous(&self, p: usize) -> usize {
-        let slot = self.slots[p - 1];
+        let slot = self.slots[p - 1].token;
         if slot & SPAN == 0 { p - 1 } else { p - (slot ^ SPAN) as usize }
     }
 
     /// Makes one token `id` of the tokens at `left` and `right`, which ends before `end`.
+    #[inline]
     fn join(&mut self, left: usize, right: usize, end: usize, id: u32) {
         let span = SPAN | (end - left) as u32;
-        self.slots[left] = id;
-        self.slots[right] = GAP; // it begins no token any more; stale positions must see that
-        self.slots[left + 1] = span;
-        self.slots[end - 1] = span;
+        self.slots[left].token = id;
+        self.slots[right].token = GAP; // it begins no token any more; stale positions must see that
+        self.slots[left + 1].token = span;
+        self.slots[end - 1].token = span;
     }
 }
 
@@ -156,126 +225,210 @@ fn pair(key: u64) -> Pair {
 }
 
 /// All pairs of the corpus as it is now that occur `floor` times or more.
+///
+/// Most pairs are rare, and a table of them all would be the work. So the counts are first summed
+/// by a hash of the pair, without its name; only where a sum reaches the floor can a pair do so.
 fn scan(corpus: &Corpus, floor: u64, check: Check<'_>) -> Result<Pairs> {
-    let mut counts: FxHashMap<u64, u64> = FxHashMap::default();
-    corpus.each_pair(check, |key, _, count| *counts.entry(key).or_default() += count)?;
-    let enough = counts.into_iter().filter(|&(_, count)| count >= floor);
-    let known = |(key, count)| (key, Occurrences { count, positions: Vec::new() });
-    let mut pairs: Pairs = enough.map(known).collect();
-    corpus.each_pair(check, |key, position, _| {
-        if let Some(occurrences) = pairs.get_mut(&key) {
-            occurrences.positions.push(position);
-        }
+    let bucket =
+        |key: u64| (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BUCKET_BITS)) as usize;
+    let mut summed = corpus.each_part(check, |part, pulse| {
+        let mut sums = vec![0u64; 1 << BUCKET_BITS];
+        corpus.each_pair(part, pulse, |key, position| {
+            sums[bucket(key)] += corpus.count(position as usize);
+        })?;
+        Ok(sums)
     })?;
+    let mut sums = summed.pop().unwrap_or_default();
+    for more in summed {
+        sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+    }
+    let found = corpus.each_part(check, |part, pulse| {
+        let mut pairs = Pairs::default();
+        corpus.each_pair(part, pulse, |key, position| {
+            if sums[bucket(key)] >= floor {
+                let occurrences = pairs.entry(key).or_default();
+                occurrences.count += corpus.count(position as usize);
+                occurrences.positions.push(position);
+            }
+        })?;
+        Ok(pairs)
+    })?;
+    let mut pairs = Pairs::default();
+    for (key, mut more) in found.into_iter().flatten() {
+        let occurrences = pairs.entry(key).or_default();
+        occurrences.count += more.count;
+        occurrences.positions.append(&mut more.positions);
+    }
+    pairs.retain(|_, occurrences| occurrences.count >= floor);
     Ok(pairs)
 }
 
 /// One occurrence of `pair` less. Pairs that are not kept need no count, nor does the one that is
 /// being merged.
+#[inline]
 fn lose(pairs: &mut Pairs, pair: Pair, count: u64) {
     if let Some(occurrences) = pairs.get_mut(&key(pair)) {
         occurrences.count -= count;
     }
 }
 
-/// One occurrence of `pair` more, at `position`.
-fn gain(pairs: &mut Pairs, pair: Pair, position: usize, count: u64) {
-    let occurrences = pairs.entry(key(pair)).or_default();
-    occurrences.count += count;
-    occurrences.positions.push(position as u32);
+/// The pairs that arise in a merge, of the new token with one before it or of it with one after
+/// it. That other token is their number, so nothing is hashed.
+#[derive(Default)]
+struct Born {
+    by_token: Vec<Newborn>,
+    tokens: Vec<u32>,             // those noted in by_token, some of them twice
+    occurrences: Vec<(u32, u32)>, // token and position
 }
 
-/// Merges the pair `(a, b)` into `id` at all of `positions`. Pairs with `id` in them, which arise
-/// here, are noted in `born`; all others are in `pairs` or not kept.
-fn merge(
-    corpus: &mut Corpus,
-    pairs: &mut Pairs,
-    born: &mut Pairs,
-    (a, b): Pair,
-    id: u32,
-    positions: &[u32],
-    check: Check<'_>,
-) -> Result<()> {
-    for (i, &left) in positions.iter().enumerate() {
-        if i % MERGES_A_CHECK == 0 && !check() {
-            return Err(Error::Interrupted);
+#[derive(Clone, Copy, Default)]
+struct Newborn {
+    count: u64,
+    positions: u32, // how many
+    list: u32,      // where they are collected, if the count reaches the floor
+}
+
+impl Born {
+    #[inline]
+    fn gain(&mut self, token: u32, position: usize, count: u64) {
+        let newborn = &mut self.by_token[token as usize];
+        if newborn.positions == 0 {
+            self.tokens.push(token);
         }
-        let left = left as usize;
-        if corpus.slots[left] != a {
-            continue; // an earlier merge took the token
-        }
-        let right = corpus.next(left);
-        if corpus.slots[right] != b {
-            continue;
-        }
-        let (before, end) = (corpus.previous(left), corpus.next(right));
-        let (x, y) = (corpus.slots[before], corpus.slots[end]);
-        let count = corpus.counts[corpus.piece[left] as usize];
-        if x != GAP {
-            lose(if x == id { born } else { pairs }, (x, a), count);
-            gain(born, (x, id), before, count);
-        }
-        if y != GAP {
-            lose(pairs, (b, y), count);
-            gain(born, (id, y), left, count);
-        }
-        corpus.join(left, right, end, id);
+        newborn.count += count;
+        newborn.positions += 1;
+        self.occurrences.push((token, position as u32));
     }
-    Ok(())
+
+    /// Hands over the pairs that occur `floor` times or more, and forgets all.
+    fn take(&mut self, floor: u64, mut kept: impl FnMut(u32, Occurrences)) {
+        let mut lists: Vec<(u32, Occurrences)> = Vec::new();
+        for &token in &self.tokens {
+            let newborn = &mut self.by_token[token as usize];
+            if newborn.count >= floor {
+                let positions = Vec::with_capacity(newborn.positions as usize);
+                lists.push((token, Occurrences { count: newborn.count, positions }));
+                newborn.list = lists.len() as u32; // from 1 on
+            }
+        }
+        if !lists.is_empty() {
+            for &(token, position) in &self.occurrences {
+                let list = self.by_token[token as usize].list;
+                if list > 0 {
+                    lists[list as usize - 1].1.positions.push(position);
+                }
+            }
+        }
+        for token in self.tokens.drain(..) {
+            self.by_token[token as usize] = Newborn::default();
+        }
+        self.occurrences.clear();
+        lists.into_iter().for_each(|(token, occurrences)| kept(token, occurrences));
+    }
 }
 
-/// Learns up to `vocab_size - 256` merges from distinct `pieces` and their counts; the first
-/// makes token 256. Fewer come back when no pair is left. The order of the pieces is irrelevant.
-/// The counts must add up to less than 2^64.
-pub fn train<P: AsRef<[u8]>>(
-    pieces: impl IntoIterator<Item = (P, u64)>,
-    vocab_size: u32,
-    watch: Watch<'_>,
-) -> Result<Vec<Pair>> {
-    let corpus = Corpus::new(pieces)?;
+/// A training under way.
+struct Training {
+    corpus: Corpus,
+    pairs: Pairs,
+    before: Born, // pairs (x, new token)
+    after: Born,  // pairs (new token, y)
+}
+
+impl Training {
+    /// Merges the pair `(a, b)` into `id` at all of `positions`. Pairs with `id` in them, which
+    /// arise here, are noted in `before` and `after`; all others are in `pairs` or not kept.
+    fn merge(&mut self, (a, b): Pair, id: u32, positions: &[u32], check: Check<'_>) -> Result<()> {
+        let Self { corpus, pairs, before, after } = self;
+        before.by_token.resize(id as usize + 1, Newborn::default());
+        after.by_token.resize(id as usize + 1, Newborn::default());
+        for (i, &left) in positions.iter().enumerate() {
+            if i % MERGES_A_CHECK == 0 && !check() {
+                return Err(Error::Interrupted);
+            }
+            if i % AHEAD == 0 {
+                // The places are scattered over the memory. Asked for together, they come
+                // together, in about the time that one of them would take.
+                let soon = positions[i..].iter().take(AHEAD);
+                black_box(soon.fold(0, |all, &p| all ^ corpus.slots[p as usize].token));
+            }
+            let left = left as usize;
+            if corpus.slots[left].token != a {
+                continue; // an earlier merge took the token
+            }
+            let right = corpus.next(left);
+            if corpus.slots[right].token != b {
+                continue;
+            }
+            let (previous, end) = (corpus.previous(left), corpus.next(right));
+            let (x, y) = (corpus.slots[previous].token, corpus.slots[end].token);
+            let count = corpus.count(left);
+            if x == id {
+                after.by_token[a as usize].count -= count; // the pair (id, a) arose just before
+            } else if x != GAP {
+                lose(pairs, (x, a), count);
+            }
+            if x != GAP {
+                before.gain(x, previous, count);
+            }
+            if y != GAP {
+                lose(pairs, (b, y), count);
+                after.gain(y, left, count);
+            }
+            corpus.join(left, right, end, id);
+        }
+        Ok(())
+    }
+}
+
+/// Learns up to `vocab_size - 256` merges from pieces and their counts; the first makes
+/// token 256. Fewer come back when no pair is left. The order of the pieces is irrelevant. The
+/// counts must add up to less than 2^64.
+pub fn train(counts: &Counts, vocab_size: u32, watch: Watch<'_>) -> Result<Vec<Pair>> {
+    let mut corpus = Corpus::new();
+    counts.each(|piece, count| corpus.add(piece, count))?;
     let floor = corpus.first_floor(vocab_size);
     train_from(corpus, vocab_size, floor, watch)
 }
 
 /// As [`train`], with the floor to begin with.
-fn train_from(
-    mut corpus: Corpus,
-    vocab_size: u32,
-    floor: u64,
-    watch: Watch<'_>,
-) -> Result<Vec<Pair>> {
-    let (mut merges, mut born) = (Vec::new(), Pairs::default());
+fn train_from(corpus: Corpus, vocab_size: u32, floor: u64, watch: Watch<'_>) -> Result<Vec<Pair>> {
+    let (before, after) = (Born::default(), Born::default());
+    let mut training = Training { corpus, pairs: Pairs::default(), before, after };
+    let mut merges = Vec::new();
     let last = vocab_size.min(GAP);
     let mut floor = floor.max(1);
     loop {
         let done = merges.len();
-        let mut pairs = scan(&corpus, floor, &mut || watch(done))?;
+        training.pairs = scan(&training.corpus, floor, &mut || watch(done))?;
         // The greatest count on top; of equal counts the smallest pair.
         let mut heap: BinaryHeap<(u64, Reverse<u64>)> =
-            pairs.iter().map(|(&key, entry)| (entry.count, Reverse(key))).collect();
+            training.pairs.iter().map(|(&key, entry)| (entry.count, Reverse(key))).collect();
         while FIRST_MERGE_ID + (merges.len() as u32) < last {
-            let Some((stated, Reverse(key))) = heap.pop() else { break };
-            let Entry::Occupied(entry) = pairs.entry(key) else { continue };
+            let Some((stated, Reverse(best))) = heap.pop() else { break };
+            let Entry::Occupied(entry) = training.pairs.entry(best) else { continue };
             let count = entry.get().count;
             if count < floor {
                 entry.remove(); // until the floor is lower
                 continue;
             }
             if count != stated {
-                heap.push((count, Reverse(key)));
+                heap.push((count, Reverse(best)));
                 continue;
             }
             let positions = entry.remove().positions;
             let done = merges.len();
             let id = FIRST_MERGE_ID + done as u32;
-            let check: Check<'_> = &mut || watch(done);
-            merge(&mut corpus, &mut pairs, &mut born, pair(key), id, &positions, check)?;
+            training.merge(pair(best), id, &positions, &mut || watch(done))?;
             // Only now: while the merge went on, their counts were still changing.
-            for (key, occurrences) in born.drain().filter(|(_, known)| known.count >= floor) {
+            let Training { pairs, before, after, .. } = &mut training;
+            let mut keep = |key, occurrences: Occurrences| {
                 heap.push((occurrences.count, Reverse(key)));
                 pairs.insert(key, occurrences);
-            }
-            merges.push(pair(key));
+            };
+            before.take(floor, |x, occurrences| keep(key((x, id)), occurrences));
+            after.take(floor, |y, occurrences| keep(key((id, y)), occurrences));
+            merges.push(pair(best));
         }
         if floor == 1 || FIRST_MERGE_ID + merges.len() as u32 >= last {
             return Ok(merges);
@@ -293,8 +446,14 @@ mod tests {
     const C: u32 = b'c' as u32;
     const D: u32 = b'd' as u32;
 
+    fn corpus(pieces: &[(&str, u64)]) -> Corpus {
+        let mut corpus = Corpus::new();
+        pieces.iter().for_each(|&(piece, n)| corpus.add(piece.as_bytes(), n).unwrap());
+        corpus
+    }
+
     fn learn(pieces: &[(&str, u64)], vocab_size: u32) -> Vec<Pair> {
-        train(pieces.iter().copied(), vocab_size, &mut |_| true).unwrap()
+        train_from(corpus(pieces), vocab_size, 1, &mut |_| true).unwrap()
     }
 
     /// The rule of the module's head, word for word: everything is counted anew for each merge.
@@ -400,8 +559,7 @@ mod tests {
             let expected = learn_slowly(&words, 400);
             assert_eq!(learn(&words, 400), expected, "{words:?}");
             for floor in [2, 7, 100] {
-                let corpus = Corpus::new(words.iter().copied()).unwrap();
-                let merges = train_from(corpus, 400, floor, &mut |_| true).unwrap();
+                let merges = train_from(corpus(&words), 400, floor, &mut |_| true).unwrap();
                 assert_eq!(merges, expected, "from {floor}: {words:?}");
             }
         }
@@ -418,7 +576,7 @@ mod tests {
     #[test]
     fn interrupt() {
         let mut left = 3;
-        let result = train([("abcdefgh", 1)], 300, &mut |_| {
+        let result = train_from(corpus(&[("abcdefgh", 1)]), 300, 1, &mut |_| {
             left -= 1;
             left > 0
         });
