@@ -9,8 +9,9 @@ of the model; what passes from here to a model is `get_vocab_size()`.
     ids = tokenizer.encode("Hello", prepend="<|bos|>")
     ids, mask = tokenizer.render_conversation({"messages": [...]})
 
-The data behind it, and its files: vocabulary.py. How conversations are written: chat_format.py; the
-format follows from the special tokens of the vocabulary and does not show outside.
+The data behind it: vocabulary.py, its files: tokenizer_files.py. How conversations are written:
+chat_format.py; the format follows from the special tokens of the vocabulary and does not show
+outside. A vocabulary without tokens for conversations (GPT-2's) serves for plain text.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from typing import Any, overload
 import numpy as np
 import tiktoken
 
-from nanochat.chat_format import CHATML, NANOCHAT, Segment
+from nanochat.chat_format import CHATML, NANOCHAT, Segment, plain_format
 from nanochat.common import UserError, atomic_write, get_base_dir, warn0, write_json
 from nanochat.conversation import Conversation, check_conversation
-from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary, tokenizer_json
+from nanochat.tokenizer_files import read_vocabulary, tokenizer_json
+from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
+
+# What begins documents in vocabularies without tokens for conversations: Llama 3's, GPT-2's to 4's
+PLAIN_BOS = ("<|begin_of_text|>", "<|endoftext|>", "<s>")
 
 QWEN_REPO = "Qwen/Qwen2.5-Coder-0.5B"  # all Qwen2.5 models share one tokenizer.json (7 MB)
 
@@ -43,12 +48,13 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         specials = vocabulary.specials
-        fitting = [c for c in (NANOCHAT, CHATML) if {c.end, *c.openers} <= specials.keys()]
+        formats = [NANOCHAT, CHATML, *map(plain_format, PLAIN_BOS)]
+        fitting = [c for c in formats if {c.end, *c.openers} <= specials.keys()]
         if not fitting:
             raise UserError(
                 "the tokenizer's special tokens are neither nanochat's (<|bos|>, <|user_start|>, "
-                "...) nor Qwen's (<|endoftext|>, <|im_start|>, <|im_end|>), but "
-                f"{', '.join(specials) or 'none'}"
+                "...) nor Qwen's (<|endoftext|>, <|im_start|>, <|im_end|>), nor is there one to "
+                f"begin documents ({', '.join(PLAIN_BOS)}), but {', '.join(specials) or 'none'}"
             )
         self._chat = fitting[0]
         self._encoding = tiktoken.Encoding(
@@ -207,6 +213,8 @@ class Tokenizer:
         return self.encode_special(token) if isinstance(token, str) else token
 
     def _normalized(self, text: str) -> str:
+        # By Python's Unicode, which is newer than that of Hugging Face's `tokenizers` (9.0): about
+        # a hundred rare combining marks may come in another order than there
         if self.vocabulary.normalization is None or text.isascii():
             return text
         return unicodedata.normalize("NFC", text)
@@ -353,7 +361,7 @@ def get_tokenizer(name_or_dir: str | Path | None = None) -> Tokenizer:
                 f"--tokenizer={name_or_dir} is neither a folder with a tokenizer.json nor qwen2.5. "
                 "Leave the flag out for the one that python -m scripts.tok_train made"
             )
-    return Tokenizer(Vocabulary.read(directory))
+    return Tokenizer(read_vocabulary(directory))
 
 
 def _download_qwen(path: Path) -> None:
