@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -69,8 +69,17 @@ class Tokenizer:
         """Generation ends when one of these is sampled."""
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(
+        cls,
+        texts: Iterable[Any],
+        vocab_size: int,
+        progress: Callable[[str, int, int], object] | None = None,
+    ) -> Tokenizer:
         """Learns a vocabulary of `vocab_size` tokens: 256 bytes, merges, 9 special tokens.
+
+        `texts` are str, or Arrow arrays of strings, each of which is many. `progress(phase, done,
+        total)` hears about once a second how far it is: ("count", bytes of text, 0), then ("merge",
+        merges learned, merges wanted).
 
         A corpus that offers fewer merges than asked gives a smaller vocabulary and a warning:
         models take their size from the tokenizer, so everything works with it."""
@@ -82,8 +91,11 @@ class Tokenizer:
                 f"--vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
                 f"special tokens need at least --vocab_size={256 + len(SPECIAL_TOKENS)}"
             )
+        ours = hasattr(rustbpe, "Encoder")  # PyPI's 0.1.0 takes str only, and tells no progress
+        more: dict[str, Any] = {"progress": progress} if ours else {}
+        items = _training_items(texts, arrow=ours)
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(map(without_surrogates, texts), learned, pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(items, learned, pattern=SPLIT_PATTERN, **more)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         vocabulary = Vocabulary.from_merges([bytes(token) for token, _ in ranks])
         if vocabulary.size < vocab_size:
@@ -322,6 +334,17 @@ def without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _training_items(texts: Iterable[Any], arrow: bool) -> Iterator[Any]:
+    """What rustbpe is to count: str that it can take, and Arrow arrays as such if it can."""
+    for item in texts:
+        if isinstance(item, str):
+            yield without_surrogates(item)
+        elif arrow:
+            yield item
+        else:
+            yield from item.to_pylist()
 
 
 def _cut_long_spaces(text: str) -> Iterator[str]:
