@@ -160,8 +160,9 @@ CHATML = ChatFormat(
 
 def _no_chat(_: object) -> NoReturn:
     raise UserError(
-        "this tokenizer has no special tokens for conversations, only for plain text (tok_eval, "
-        "base_train, base_eval); chat with one from scripts.tok_train, or with --tokenizer=qwen2.5"
+        "this tokenizer has no special tokens for conversations and serves for plain text only "
+        "(tok_eval, base_train, base_eval). For chat, train a base model with one that has them: "
+        "from scripts.tok_train, or --tokenizer=qwen2.5"
     )
 
 

@@ -57,12 +57,15 @@ class Tokenizer:
                 f"begin documents ({', '.join(PLAIN_BOS)}), but {', '.join(specials) or 'none'}"
             )
         self._chat = fitting[0]
-        self._encoding = tiktoken.Encoding(
-            self._chat.name,
-            pat_str=vocabulary.pattern,
-            mergeable_ranks=vocabulary.ranks,
-            special_tokens=specials,
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                self._chat.name,
+                pat_str=vocabulary.pattern,
+                mergeable_ranks=vocabulary.ranks,
+                special_tokens=specials,
+            )
+        except ValueError as e:
+            raise UserError(f"the tokenizer's split pattern {vocabulary.pattern!r}: {e}") from e
         self._end = specials[self._chat.end]
         self._openers = {specials[name] for name in self._chat.openers}
         self.stop_token_ids: set[int] = {self._end, specials[self._chat.bos]}

@@ -143,7 +143,7 @@ def _parse(config: dict[str, Any]) -> Vocabulary:
     # Some files list the special tokens in the vocabulary too, unspelled
     spelled = {token: id for token, id in model["vocab"].items() if token not in specials}
     vocabulary = Vocabulary(
-        _parse_pattern(config["pre_tokenizer"]),
+        _parse_pattern(config.get("pre_tokenizer") or {"type": "null"}),
         {_unspell(token): id for token, id in spelled.items()},
         specials,
         _parse_normalizer(config.get("normalizer")),

@@ -12,7 +12,7 @@ with an older tokenizer of that folder cannot be used with the new one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from rich.progress import (
 
 from nanochat import flags
 from nanochat.common import UserError, append_jsonl, get_base_dir, print0
-from nanochat.dataset import iter_text_arrays, iter_texts, split_files, text_size
+from nanochat.dataset import Keep, iter_text_arrays, iter_texts, split_files, text_size
 from nanochat.tokenizer import Tokenizer, without_surrogates
 
 NUM_CHECKED = 200  # documents on which decode(encode(text)) must give the text back
@@ -63,23 +63,21 @@ class Corpus:
         self.checked: list[str] = []  # the first few texts
 
     def __iter__(self) -> Iterator[Any]:
+        keep: Keep = "train" if self.files.by_hash else "all"  # a lone file holds both parts
         for path in self.files.train:
-            if self.files.by_hash:  # the file holds both parts
-                batches: Iterable[Any] = ([text] for text in iter_texts([path], keep="train"))
-            elif path.name.endswith(".parquet"):
-                batches = iter_text_arrays(path)
-            else:
-                batches = ([text] for text in iter_texts([path]))
-            for batch in batches:
+            arrow = path.name.endswith(".parquet") and keep == "all"
+            texts = ([text] for text in iter_texts([path], keep=keep))
+            for batch in iter_text_arrays(path) if arrow else texts:
                 yield from self._counted(batch)
                 if self.chars >= self.args.max_chars:
                     return
 
     def _counted(self, batch: Any) -> Iterator[Any]:
         """Cuts and counts an Arrow array or a list of texts; what max_chars falls into, as str."""
-        is_list = isinstance(batch, list)
-        self.bytes_read += sum(map(len, batch)) if is_list else batch.nbytes
-        if not is_list:
+        if isinstance(batch, list):
+            self.bytes_read += sum(map(len, batch))
+        else:
+            self.bytes_read += batch.nbytes
             batch = pc.utf8_slice_codeunits(batch, 0, self.args.doc_cap)
             chars = pc.sum(pc.utf8_length(batch)).as_py() or 0
             if self.chars + chars < self.args.max_chars:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import unicodedata
@@ -363,6 +364,8 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         Tokenizer(Vocabulary(vocabulary.pattern, vocabulary.ranks, {"<|im_start|>": 391}))
     with pytest.raises(UserError, match="but none"):
         Tokenizer(Vocabulary(vocabulary.pattern, vocabulary.ranks, {}))
+    with pytest.raises(UserError, match=r"split pattern '\(\?:a': .*parenthesis"):
+        Tokenizer(dataclasses.replace(vocabulary, pattern="(?:a"))
 
 
 def test_the_json_is_what_other_readers_expect(tmp_path: Path) -> None:

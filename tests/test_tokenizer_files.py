@@ -303,6 +303,7 @@ def _vocab(change: Callable[[dict[str, int]], Any]) -> Callable[[dict[str, Any]]
         ),
         # pre_tokenizer
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "is Whitespace, only ByteLevel"),
+        (lambda c: c.update(pre_tokenizer=None), "is null, only ByteLevel"),
         (lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, _split(c)), "Split and Split and"),
         (lambda c: _byte_level(c).update(use_regex=True), "use_regex is True in Split and Byte"),
         (lambda c: _byte_level(c).pop("use_regex"), "use_regex is True"),  # what is left out is on
