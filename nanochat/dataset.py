@@ -189,11 +189,12 @@ def iter_text_arrays(path: Path) -> Iterator[Any]:
                     texts.validate(full=True)  # that it is UTF-8, above all
                 except (pa.ArrowInvalid, OSError) as e:
                     raise UserError(f"{path}: row group {group} is damaged: {e}") from e
-                if pa.types.is_dictionary(texts.type):
-                    texts = texts.dictionary_decode()
+                kind = texts.type
+                if pa.types.is_dictionary(kind) or pa.types.is_string_view(kind):
+                    texts = texts.cast(pa.string())
                 is_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
                 if not is_text or texts.null_count:
-                    at = 0 if not is_text else texts.is_null().index(True).as_py()
+                    at = texts.is_null().index(True).as_py() if is_text else 0
                     raise UserError(
                         f"{path}: row {row + at} of row group {group} holds "
                         f"{type(texts[at].as_py()).__name__}, not a string"

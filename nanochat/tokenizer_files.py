@@ -202,27 +202,22 @@ def _check_merges(model: dict[str, Any], spelled: dict[str, int]) -> None:
 
 # ---- the split pattern ---------------------------------------------------------------------------
 
-# As published; tiktoken has since written it otherwise, see KNOWN_PATTERNS for that
+# As OpenAI published it; what ByteLevel does by itself
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CL100K = (
-    _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT4_PATTERN = (  # Llama 3's too
+    _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
-_O200K = (
+QWEN_PATTERN = GPT4_PATTERN.replace("{1,3}", "")
+GPT4O_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTION
     + r"?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     + _CONTRACTION + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )  # fmt: skip
 
-# Patterns that match all of any text, so that nothing is lost between their matches
-KNOWN_PATTERNS = {
-    SPLIT_PATTERN,
-    GPT2_PATTERN,
-    _CL100K.replace("DIGITS", r"\p{N}{1,3}"),  # GPT-4, Llama 3
-    _CL100K.replace("DIGITS", r"\p{N}"),  # Qwen2.5
-    _O200K,  # GPT-4o
-}
+# Their matches together are the text, whatever it is: nothing lies between them
+KNOWN_PATTERNS = {SPLIT_PATTERN, GPT2_PATTERN, GPT4_PATTERN, QWEN_PATTERN, GPT4O_PATTERN}
 
 # What means the same to `tokenizers` (Oniguruma, Ruby's syntax) and to tiktoken (Rust's). Not so,
 # for example, $ (end of a line or of the text), {1,3}+ (greedy or possessive), \w, most of (?i:...)

@@ -125,7 +125,8 @@ def test_surrogates_in_json_do_not_stop_the_split(tmp_path: Path) -> None:
 def test_arrow_arrays_hold_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "PARQUET_BATCH", 2)
     texts = ["a", "naïve", "", "한국어", "🙂", "b", "a"]
-    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+    coded = pa.dictionary(pa.int32(), pa.string())
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), coded):
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"n": [1] * 7, "text": pa.array(texts, kind)}), path, 5)
         arrays = list(iter_text_arrays(path))

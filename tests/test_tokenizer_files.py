@@ -22,10 +22,11 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.tokenizer_files import (
-    _CL100K,
-    _O200K,
     BYTE_TO_CHAR,
     GPT2_PATTERN,
+    GPT4_PATTERN,
+    GPT4O_PATTERN,
+    QWEN_PATTERN,
     read_tokenizer_json,
     read_tokenizer_pkl,
     read_vocabulary,
@@ -34,7 +35,6 @@ from nanochat.tokenizer_files import (
 from nanochat.vocabulary import SPLIT_PATTERN, Vocabulary
 from tests.tokenizers_for_tests import (
     ODD_TEXTS,
-    QWEN_PATTERN,
     TEXT,
     random_texts,
     real_texts,
@@ -42,7 +42,6 @@ from tests.tokenizers_for_tests import (
     tiny_tokenizer,
 )
 
-GPT4_PATTERN = _CL100K.replace("DIGITS", r"\p{N}{1,3}")
 OWN_PATTERN = r"\p{L}+(?=[a-z!])|[A-F]{2,3}|'(?:s|t)|\s+(?!\S)"  # leaves much between its matches
 NFC = normalizers.NFC()
 SPECIALS = ["<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>"]
@@ -134,7 +133,7 @@ STYLES: dict[str, Callable[[], dict[str, Any]]] = {
     "qwen2.5": qwen,
     "llama3": llama3,
     "gpt4": lambda: split_by(GPT4_PATTERN, "removed", invert=True),
-    "gpt4o": lambda: split_by(_O200K),
+    "gpt4o": lambda: split_by(GPT4O_PATTERN),
     "ours": lambda: split_by(SPLIT_PATTERN),
     "own pattern": lambda: split_by(OWN_PATTERN),
 }
@@ -257,6 +256,35 @@ def random_merges(rng: random.Random) -> dict[str, Any]:
     config["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = GPT2_PATTERN
     config["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": rng.random() < 0.5}
     return config
+
+
+def random_pattern(rng: random.Random) -> str:
+    """A regular expression of constructs that mean the same to both engines; never matches ""."""
+    atoms = ["a", "[ab1]", r"[^\s\p{L}]", r"\p{L}", r"\p{N}", r"\s", r"\S", "(?:b|a1)", " ", "'"]
+    quantifiers = ["", "?", "*", "+", "?+", "*+", "++", "+?", "*?", "{1,2}", "{2}", "{2,}"]
+    ways = []
+    for _ in range(rng.randint(1, 3)):
+        first = rng.choice(atoms) + rng.choice(["", "+", "++", "{1,2}"])
+        rest = [rng.choice(atoms) + rng.choice(quantifiers) for _ in range(rng.randint(0, 2))]
+        ways.append(first + "".join(rest) + rng.choice(["", "", "", "(?!a)", r"(?=\s)", r"(?!\S)"]))
+    return "|".join(ways)
+
+
+def test_patterns_of_ones_own_cut_as_there(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    letters = "ab1 '!\n"
+    # Any two letters are a token, so that it shows where a piece begins
+    pairs = [(a + b).encode() for a in letters for b in letters]
+    ranks = {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + pairs)}
+    config = tokenizer_json(Vocabulary(GPT2_PATTERN, ranks, {"<|endoftext|>": len(ranks)}))
+    for _ in range(80):
+        _pattern(random_pattern(rng))(config)
+        ours = Tokenizer(read_tokenizer_json(write(config, tmp_path)))
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(config))
+        texts = ["".join(rng.choices(letters, k=rng.randint(1, 25))) for _ in range(20)]
+        assert_same_ids(ours, theirs, texts)
+        path = write(tokenizer_json(ours.vocabulary), tmp_path)
+        assert read_tokenizer_json(path) == ours.vocabulary
 
 
 # ---- what cannot be followed ---------------------------------------------------------------------
