@@ -273,7 +273,7 @@ def main(args: Args) -> None:
     tokenizer = get_tokenizer(args.tokenizer)
     samples = {name: [text] for name, text in (SAMPLES | LANGUAGES).items()}
     texts = {"validation": validation_text(args), **samples}
-    label = Path(args.tokenizer).name if args.tokenizer else "ours"
+    label = Path(args.tokenizer).resolve().name if args.tokenizer else "ours"
     compared = candidates(label, tokenizer)
     rows = [measure(c, name, documents) for name, documents in texts.items() for c in compared]
     for row in rows:
