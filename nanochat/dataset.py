@@ -6,7 +6,7 @@ Pretraining text: which files there are, which one is validation, and reading th
 
 The default is karpathy/fineweb-edu-100b-shuffle: parquet shards of one string column `text`, about
 250M characters each, whose last shard (shard_01822) is always validation. Own data is a file, a
-folder or a glob of .parquet, .jsonl, .jsonl.gz or .txt, given by --data. Floor 1.
+folder or a glob of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt, given by --data. Floor 1.
 """
 
 from __future__ import annotations
@@ -15,24 +15,32 @@ import glob
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from nanochat import flags
 from nanochat.common import UserError, get_base_dir, print0, read_json, read_jsonl, write_json
-from nanochat.download import download
+from nanochat.download import Patience, Remote
+from nanochat.hub import Hub, fetch_files
 
 DEFAULT_REPO = "karpathy/fineweb-edu-100b-shuffle"
 LAST_SHARD = 1822  # of the default data set: validation, by name
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
+SHARD_BYTES = 100_000_000  # about, where the server does not say
+ROW_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*ROW_SUFFIXES, ".txt")
 VAL_ONE_IN = 50  # a data set of one file gives every 50th document, by hash, to validation
 TXT_PIECE = 4000  # characters, about 1,000 tokens: a longer .txt is cut into documents of that size
 
 Keep = Literal["all", "train", "val"]
+
+# First words of file names that say what a file is for, in a folder that has a train file
+TRAIN_NAME = re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE)
+HELD_OUT_NAMES = [
+    re.compile(rf"{word}(?![a-z])", re.IGNORECASE) for word in ("val(id(ation)?)?|dev", "test")
+]
 
 
 @dataclass(frozen=True)
@@ -43,23 +51,44 @@ class TextFiles:
     val: Path
     by_hash: bool = False
 
+    @property
+    def keep_train(self) -> Keep:
+        """Which documents of the training files are for training."""
+        return "train" if self.by_hash else "all"
 
-def find_files(data: str | None = None) -> list[Path]:
-    """The text files of a file, folder or glob (default: base_data/), sorted by name."""
+    @property
+    def keep_val(self) -> Keep:
+        """Which documents of the validation file are for validation."""
+        return "val" if self.by_hash else "all"
+
+    @property
+    def validation(self) -> str:
+        """What validation is, in words that do not depend on where the data lies."""
+        rule = f": 1 document in {VAL_ONE_IN}, by its hash" if self.by_hash else ""
+        return self.val.name + rule
+
+
+def find_files(data: str | None = None, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files of a file, folder or glob (default: base_data/), sorted by name."""
     path = _where(data)
+    ends = tuple(suffixes)
     if path.is_dir():
-        files = [p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.name[0] != "."]
+        files = [p for p in path.iterdir() if p.name.endswith(ends) and p.name[0] != "."]
     elif path.is_file():
         files = [path]
     else:
-        files = [Path(p) for p in glob.glob(str(path)) if p.endswith(SUFFIXES)]
+        found = glob.glob(str(path), recursive=True)
+        files = [Path(p) for p in found if p.endswith(ends)]
     if not files:
-        hint = "--data takes a file, a folder or a glob of " + ", ".join(SUFFIXES)
+        hint = "--data takes a file, a folder or a glob of " + ", ".join(suffixes)
         if data is None:
             hint = (
                 "download some with `python -m nanochat.dataset -n 8`, or name your own by --data"
             )
-        raise UserError(f"no text files in {path}: {hint}")
+        elif path.is_dir():
+            names = sorted(p.name for p in path.iterdir())
+            hint = f"found {', '.join(names[:8]) or 'nothing'}. {hint}"
+        raise UserError(f"no data in {path}: {hint}")
     return sorted(files, key=lambda p: (p.name, str(p)))
 
 
@@ -67,27 +96,29 @@ def _where(data: str | None) -> Path:
     return Path(data or get_base_dir() / "base_data").expanduser()
 
 
-def split_files(data: str | None = None, val_data: str | None = None) -> TextFiles:
+def split_files(
+    data: str | None = None, val_data: str | None = None, suffixes: Sequence[str] = SUFFIXES
+) -> TextFiles:
     """Training files and the validation file.
 
-    Validation is --val_data if given; else shard_01822 where it is there; else the last file by
-    name (of one file: some of its documents), pinned at first use, so that files added later never
-    move it."""
-    files = find_files(data)
+    Validation is --val_data if given; else what a download recorded; else shard_01822 where it is
+    there; else, pinned at first use so that files added later never move it, the file that its name
+    says is for it beside a train file, or the last by name (of one file: some of its documents)."""
+    files = find_files(data, suffixes)
     by_hash = False
-    last_shards = [f for f in files if f.name == shard_name(LAST_SHARD)]
     if val_data is not None:
-        matches = find_files(val_data)
+        matches = find_files(val_data, suffixes)
         if len(matches) != 1:
             raise UserError(f"--val_data={val_data} matches {len(matches)} files; name one")
         val = matches[0]
-    elif len(last_shards) == 1 and len(files) > 1:
-        val = last_shards[0]
     elif _where(data).is_file():
         val, by_hash = files[0], True
     else:
         val, by_hash = _pinned_val(data, files)
-    train = files if by_hash else [f for f in files if f.resolve() != val.resolve()]
+    train = files
+    if not by_hash:
+        named = [f for f in files if TRAIN_NAME.match(f.name)]  # beside them, others are held out
+        train = [f for f in named or files if f.resolve() != val.resolve()]
     if not train:
         raise UserError(
             f"{_where(data)} holds nothing to train on beside the validation file {val}; add a "
@@ -96,26 +127,52 @@ def split_files(data: str | None = None, val_data: str | None = None) -> TextFil
     return TextFiles(train, val, by_hash)
 
 
+def _pins_path() -> Path:
+    return get_base_dir() / "validation_files.json"
+
+
+def _read_pins() -> dict[str, dict[str, Any]]:
+    """Folder or glob -> its validation file, by name; "base_data" for the downloaded text."""
+    return read_json(_pins_path()) if _pins_path().exists() else {}
+
+
 def _pinned_val(data: str | None, files: list[Path]) -> tuple[Path, bool]:
     """The validation file of a folder or glob, and whether it is split by document hash: as
     recorded at its first use, which is now if there is no record."""
-    pins_path = get_base_dir() / "validation_files.json"
-    pins = read_json(pins_path) if pins_path.exists() else {}
+    pins = _read_pins()
     where = _where(data).absolute()
     key = "base_data" if where == _where(None).absolute() else str(where)  # the base may move
+    last_shards = [f for f in files if f.name == shard_name(LAST_SHARD)]
+    downloaded = "repo" in pins.get(key, {})  # and so its last shard is known, whatever it is
+    if len(last_shards) == 1 and len(files) > 1 and not downloaded:
+        return last_shards[0], False
     # Files are remembered relative to the folder, of a glob the one before the first wildcard.
     root = where if where.is_dir() else os.path.dirname(re.split(r"[*?\[]", str(where))[0])
     names = [os.path.relpath(f.absolute(), root) for f in files]
     if key not in pins:
-        pins[key] = {"file": names[-1], "by_hash": len(files) == 1}
-        write_json(pins_path, pins)
+        first_choice = _last_held_out(files)
+        pins[key] = {"file": names[files.index(first_choice)], "by_hash": len(files) == 1}
+        write_json(_pins_path(), pins)
     pin = pins[key]
     if pin["file"] not in names:
-        raise UserError(
-            f"{where} was used with {pin['file']} as its validation file, which is gone. "
-            f"Put it back, or name another by --val_data (the pin is in {pins_path})"
-        )
+        mend = f"Put it back, or name another by --val_data (the pin is in {_pins_path()})"
+        if downloaded:
+            mend = (
+                f"Finish the download: python -m nanochat.dataset --repo={pin['repo']} -n 8 (for "
+                f"data from elsewhere, delete the entry {key} in {_pins_path()})"
+            )
+        raise UserError(f"{where} has {pin['file']} as its validation file, which is gone. {mend}")
     return files[names.index(pin["file"])], pin["by_hash"]
+
+
+def _last_held_out(files: list[Path]) -> Path:
+    """The last file that is for validation by its name, or simply the last."""
+    if any(TRAIN_NAME.match(f.name) for f in files):
+        for name in HELD_OUT_NAMES:
+            found = [f for f in files if name.match(f.name)]
+            if found:
+                return found[-1]
+    return files[-1]
 
 
 def train_files(data: str | None = None) -> list[Path]:
@@ -148,7 +205,7 @@ def _read_texts(path: Path) -> Iterator[str]:
     name = path.name
     if name.endswith(".parquet"):
         yield from _read_parquet(path)
-    elif name.endswith((".jsonl", ".jsonl.gz")):
+    elif name.endswith(ROW_SUFFIXES):
         yield from _read_jsonl_texts(path)
     elif name.endswith(".txt"):
         yield from _read_txt(path)
@@ -169,24 +226,25 @@ def _read_parquet(path: Path) -> Iterator[str]:
     with file:
         if "text" not in file.schema_arrow.names:
             raise UserError(f"{path} has no column `text`; found {file.schema_arrow.names}")
+        row = 0
         for group in range(file.num_row_groups):
             try:
                 column = file.read_row_group(group, columns=["text"])["text"]
             except (pa.ArrowInvalid, OSError) as e:
-                raise UserError(f"{path}: row group {group} is damaged: {e}") from e
-            for row, text in enumerate(column.to_pylist()):
+                raise UserError(f"{path}: row group {group} (row {row} on) is damaged: {e}") from e
+            for text in column.to_pylist():
                 if not isinstance(text, str):
-                    raise UserError(
-                        f"{path}: row {row} of row group {group} holds {type(text).__name__}, "
-                        "not a string"
-                    )
+                    raise UserError(f"{path}: row {row}: `text` is {text!r:.80}, not a string")
                 yield text
+                row += 1
 
 
 def _read_jsonl_texts(path: Path) -> Iterator[str]:
     for number, row in read_jsonl(path):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            found = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"{row!r:.80}"
+            if isinstance(row, dict) and "text" in row:
+                found = f"{row['text']!r:.80}"
             raise UserError(f"{path}:{number}: no string field `text`; found {found}")
         yield row["text"]
 
@@ -223,7 +281,11 @@ class Args:
     num_workers: Annotated[int, flags.alias("-w")] = 4
     """Files fetched at the same time."""
     repo: str = DEFAULT_REPO
-    """Data set on the hub, in the same layout."""
+    """Data set on the hub, in the same layout. Its last shard is validation."""
+    tries: int = Patience.tries
+    """Failures in a row that bring nothing new, after which a file is given up."""
+    timeout: float = Patience.timeout
+    """Seconds of silence that count as a failure."""
 
 
 def shard_name(index: int) -> str:
@@ -239,46 +301,80 @@ def check_parquet(path: Path) -> None:
     try:
         pq.read_metadata(path)
     except (pa.ArrowInvalid, OSError) as e:
-        raise ValueError(f"not a parquet file: {e}") from e
+        with open(path, "rb") as f:
+            raise ValueError(f"not a parquet file: {e} (it begins with {f.read(16)!r})") from e
+
+
+def plan_shards(hub: Hub, num_files: int) -> tuple[dict[str, Remote], str]:
+    """(the shards to have, with what is known of each; the validation shard among them).
+
+    Raises UserError for a data set without shards."""
+    pin = _read_pins().get("base_data", {})
+    ours = hub.repo == DEFAULT_REPO
+    try:  # of another data set, nothing else says which shard is the last
+        listing = hub.list_files(min(2, hub.patience.tries) if ours else hub.patience.tries)
+    except UserError:
+        if not ours:
+            raise
+        listing = None
+    if listing is None:  # a mirror that only serves files: taken to be laid out as the default
+        listing = {shard_name(i): Remote() for i in range(LAST_SHARD + 1)}
+    shards = sorted(name for name in listing if SHARD_NAME.fullmatch(name))
+    # Once it has been said which one is validation, shards that are added never move it
+    val = shard_name(LAST_SHARD) if ours else pin.get("file", max(shards, default=""))
+    train = [name for name in shards if name != val]
+    if not train:
+        found = ", ".join(sorted(listing)[:8]) or "nothing"
+        raise UserError(
+            f"--repo={hub.repo} holds no files shard_00000.parquet, shard_00001.parquet and so on; "
+            f"found {found}"
+        )
+    names = [val, *(train if num_files == -1 else train[:num_files])]
+    return {name: listing.get(name, Remote()) for name in names}, val
+
+
+def _claim_folder(folder: Path, repo: str, files: dict[str, Remote], val: str) -> None:
+    """Records which data set base_data/ holds and which of its files is validation.
+
+    Raises UserError rather than mix two data sets."""
+    pins = _read_pins()
+    there = [path for path in folder.glob("*.parquet") if SHARD_NAME.fullmatch(path.name)]
+    owner = pins.get("base_data", {}).get("repo", DEFAULT_REPO) if there else repo
+    strange = [
+        path.name
+        for path in there
+        if path.name in files and files[path.name].size not in (None, path.stat().st_size)
+    ]
+    if owner != repo or strange:
+        what = f"{', '.join(strange[:3])} of another size" if strange else f"shards of {owner}"
+        raise UserError(
+            f"{folder} holds {what}; those of {repo} must not mix with them. Move them away, or "
+            "use another NANOCHAT_BASE_DIR"
+        )
+    pins["base_data"] = {"file": val, "by_hash": False, "repo": repo}
+    write_json(_pins_path(), pins)
 
 
 def main(args: Args) -> None:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
-
     if args.num_files < -1 or args.num_files == 0:
         raise UserError(f"-n {args.num_files}: use a positive number of shards, or -1 for all")
-    count = LAST_SHARD if args.num_files == -1 else min(args.num_files, LAST_SHARD)
-    names = [shard_name(LAST_SHARD), *(shard_name(i) for i in range(count))]
+    if args.num_workers < 1 or args.tries < 1:
+        raise UserError("-w and --tries must be at least 1")
+    hub = Hub(args.repo, Patience(args.tries, args.timeout))
+    files, val = plan_shards(hub, args.num_files)
     folder = get_base_dir() / "base_data"
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [n for n in names if not (folder / n).exists()]
-    need = len(missing) * 100_000_000  # a shard is about 100 MB
-    free = shutil.disk_usage(folder).free
-    if need > free:
+    _claim_folder(folder, args.repo, files, val)
+    outcome = fetch_files(hub, files, folder, check_parquet, args.num_workers, SHARD_BYTES)
+    print0(
+        f"{folder}: {len(outcome.there)} shards were there, {len(outcome.fetched)} fetched "
+        f"({outcome.num_bytes / 1e6:,.1f} MB), {len(outcome.failed)} failed"
+    )
+    if outcome.failed:
+        lines = "\n  ".join(f"{name}: {why}" for name, why in [*outcome.failed.items()][:10])
+        more = f"\n  and {len(outcome.failed) - 10} more" if len(outcome.failed) > 10 else ""
         raise UserError(
-            f"{len(missing)} shards need about {need / 1e9:.0f} GB and {folder} has "
-            f"{free / 1e9:.0f} GB free; use a smaller -n or another NANOCHAT_BASE_DIR"
+            f"{len(outcome.failed)} shards failed; run the same command again:\n  {lines}{more}"
         )
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    failed: dict[str, str] = {}
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
-    with Progress(*columns) as bar, ThreadPoolExecutor(max(1, args.num_workers)) as pool:
-        task = bar.add_task(f"{len(missing)} shards", total=need or None)
-
-        def fetch(name: str) -> None:
-            url = f"{endpoint}/datasets/{args.repo}/resolve/main/{name}"
-            try:
-                download(url, folder / name, check_parquet, lambda n: bar.advance(task, n))
-            except UserError as e:
-                failed[name] = str(e)
-
-        list(pool.map(fetch, missing))
-    fetched = len(missing) - len(failed)
-    print0(f"{folder}: {len(names) - len(missing)} shards were there, {fetched} fetched")
-    if failed:
-        lines = "\n  ".join([*failed.values()][:5])
-        raise UserError(f"{len(failed)} shards failed; run the same command again:\n  {lines}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ FLOORS = {
         ["conversation", "download", "execution", "execution_child", "flags", "machine"], 0.5
     ),
     **dict.fromkeys(["schedule", "vocabulary"], 0.5),
+    "hub": 0.75,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
     "tokenizer": 1.5,
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks"], 2),
