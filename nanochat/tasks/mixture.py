@@ -77,7 +77,9 @@ class TaskMixture(Task):
             numbers.append(np.tile(taken, ingredient.epochs))
             self.rows.append(MixtureRow(ingredient.name, len(taken), ingredient.epochs, 0.0))
         order = _permutation(sum(map(len, numbers)), "mixture", seed)
-        self._owners, self._numbers = np.concatenate(owners)[order], np.concatenate(numbers)[order]
+        # (conversations,): the task that each one is of, as an index into `rows`
+        self.owners = np.concatenate(owners)[order]
+        self._numbers = np.concatenate(numbers)[order]
         self.rows = [r._replace(share=r.rows * r.epochs / len(order)) for r in self.rows]
 
     @staticmethod
@@ -95,7 +97,7 @@ class TaskMixture(Task):
         return len(self._numbers)
 
     def conversation(self, i: int) -> Conversation:
-        return self.tasks[self._owners[i]][int(self._numbers[i])]
+        return self.tasks[self.owners[i]][int(self._numbers[i])]
 
     def describe(self) -> str:
         """A table of the tasks, their rows, epochs and share of the conversations."""
@@ -112,13 +114,18 @@ def _permutation(size: int, purpose: str, seed: int) -> np.ndarray:
     return np.random.RandomState(seed_from(purpose, seed) % 2**32).permutation(size)
 
 
-def build_mixture(spec: str, split: str = "train", seed: int = 42) -> TaskMixture:
-    """Loads the tasks of a spec and mixes them."""
-    ingredients = parse_mixture(spec)
-    tasks = []
+def build_mixture(
+    spec: str, split: str = "train", seed: int = 42, own: Task | None = None
+) -> TaskMixture:
+    """Loads the tasks of a spec (it may be empty beside own rows), and mixes them with `own`."""
+    ingredients = parse_mixture(spec) if spec.strip() or own is None else []
+    tasks: list[Task] = []
     for ingredient in ingredients:
         # The generated tasks are as long as one wishes
         generated = ingredient.name.lower() in ("spelling", "spellingbee") and ingredient.rows
         sizing = {"size": ingredient.rows} if generated else {}
         tasks.append(get_task(ingredient.name, split, **sizing))
+    if own is not None:
+        tasks.append(own)
+        ingredients.append(Ingredient(own.name))
     return TaskMixture(tasks, ingredients, seed)
