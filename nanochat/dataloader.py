@@ -127,19 +127,18 @@ class ConversationSource:
     crop = False
 
     def __init__(self, task: Any, tokenizer: Any, row_len: int) -> None:
-        self.kept, self.truncated, self.dropped = 0, 0, 0
+        # (conversations, 3) int64: its tokens, those in a row (0: dropped), those trained on
+        self.counts = np.zeros((len(task), 3), dtype=np.int64)
         ids_list, trained_list, lengths = [], [], []
         dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
         for i in range(len(task)):
             ids, mask = tokenizer.render_conversation(task[i])
             trained = tokenizer.trained_mask(ids, mask)
-            too_long = len(ids) > row_len
+            self.counts[i, 0] = len(ids)
             ids, trained = ids[:row_len], trained[:row_len]  # its beginning is kept
             if not any(trained):  # nothing to learn from: it would only take room
-                self.dropped += 1
                 continue
-            self.kept += 1
-            self.truncated += too_long
+            self.counts[i, 1:] = len(ids), sum(trained)
             ids_list.append(np.asarray(ids, dtype=dtype))
             trained_list.append(np.asarray(trained, dtype=np.uint8))
             lengths.append(len(ids))
@@ -157,6 +156,21 @@ class ConversationSource:
         digest.update(self.documents.offsets.tobytes())
         digest.update(self.documents.trained.tobytes())  # type: ignore[union-attr]
         self.fingerprint = digest.hexdigest()[:16]
+        self.row_len = row_len
+
+    def account(self) -> str:
+        """How many conversations were kept, cut and dropped, and why, in a sentence."""
+        whole, shown, _ = self.counts.T
+        dropped, long = shown == 0, whole > self.row_len
+        said = (
+            f"conversations: {(~dropped).sum():,} kept, of which {(~dropped & long).sum():,} "
+            f"cut to {self.row_len:,} tokens (--max_seq_len); {dropped.sum():,} dropped"
+        )
+        why = (
+            f", with nothing to learn from ({(dropped & long).sum():,}: the assistant's first "
+            f"word comes after the cut; {(dropped & ~long).sum():,}: it says nothing)"
+        )
+        return said + why if dropped.any() else said
 
     def num_shards(self) -> int:
         return 1
@@ -260,6 +274,10 @@ class RowReader:
             self._open[sequence] = opened
             self._next = (sequence + 1, self._ahead.submit(self._prepare, sequence + 1))
         return self._open[sequence]
+
+    def plan(self, sequence: int) -> tuple[Documents, Plan]:
+        """The documents of the shard at a place of the sequence, and the rows that they fill."""
+        return self._shard(sequence)[:2]
 
     def rows_per_epoch(self) -> int:
         """Rows of the first epoch. Prepares every shard."""

@@ -88,7 +88,8 @@ def find_files(data: str | None = None, suffixes: Sequence[str] = SUFFIXES) -> l
         elif path.is_dir():
             names = sorted(p.name for p in path.iterdir())
             hint = f"found {', '.join(names[:8]) or 'nothing'}. {hint}"
-        raise UserError(f"no data in {path}: {hint}")
+        kind = "text files" if ".txt" in suffixes else "parquet or jsonl files"
+        raise UserError(f"no {kind} in {path}: {hint}")
     return sorted(files, key=lambda p: (p.name, str(p)))
 
 

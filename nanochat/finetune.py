@@ -16,9 +16,11 @@ from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
+from nanochat.preview import preview_conversations
 from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum
-from nanochat.tasks.mixture import build_mixture
-from nanochat.train import Start, Trainer, autocast, preview, start_from
+from nanochat.tasks.custom import load_own
+from nanochat.tasks.mixture import TaskMixture, build_mixture
+from nanochat.train import Start, Trainer, autocast, start_from
 
 
 @dataclass
@@ -29,13 +31,16 @@ class ConversationFlags(flags.ScheduleFlags, flags.FinetuneFlags):
     """Stage to start from: base, mid or sft."""
     source_tag: str | None = None
     """Tag to start from; default: --model_tag if that exists there, else the newest run."""
-    mixture: str = ""
-    """Tasks to train on: name[@rows][*epochs] joined by |. A name may be a file or folder of own
-    rows (jsonl or parquet)."""
-    val_mixture: str = ""
-    """Tasks whose test split gives the validation loss; empty: none."""
     data: str | None = None
-    """Own conversations (jsonl or parquet with `messages`), added to the mixture."""
+    """Own conversations: a file, folder or glob of parquet or jsonl(.gz, .zst) with `messages`.
+    They take the place of the default mixture; with --mixture, they are added to it."""
+    val_data: str | None = None
+    """Validation file; default: some of --data, pinned at first use."""
+    mixture: str | None = None
+    """Tasks to train on: name[@rows][*epochs] joined by |. A name may be a file or folder of own
+    rows. Default: what the head of the stage's script says."""
+    val_mixture: str | None = None
+    """Tasks whose test split gives the validation loss; empty: none. Default: as for --mixture."""
     max_seq_len: int = -1
     """Tokens in a row; -1: as the model was trained."""
     total_batch_size: int = -1
@@ -61,11 +66,29 @@ def resolve(args: ConversationFlags, start: Start) -> tuple[int, int]:
     return seq_len, total
 
 
-def finetune(args: ConversationFlags, stage: str) -> None:
-    """Runs mid_train or chat_sft."""
-    with distributed.session(args.device_type, args.seed) as info:
+def finetune(args: ConversationFlags, stage: str, mixture: str, val_mixture: str) -> None:
+    """Runs mid_train or chat_sft, with these mixtures unless the flags name others, or own data."""
+    if args.mixture is None:
+        args.mixture = "" if args.data else mixture
+    if args.val_mixture is None:
+        args.val_mixture = "" if args.data else val_mixture
+    device_type = "cpu" if args.preview else args.device_type  # looking at data needs no GPU
+    with distributed.session(device_type, args.seed) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         _train(args, stage, start, info)
+
+
+def load_mixtures(args: ConversationFlags) -> tuple[TaskMixture, TaskMixture | None, str]:
+    """Conversations to train on, those for the validation loss, and in words which these are."""
+    train, val, said = None, None, []
+    if args.data:
+        own = load_own(args.data, args.val_data)
+        train, val, said = own.train, own.val, [own.validation]
+    mixture = build_mixture(args.mixture or "", "train", args.seed, train)
+    if not args.val_mixture and val is None:
+        return mixture, None, "none"
+    val_mixture = build_mixture(args.val_mixture or "", "test", args.seed, val)
+    return mixture, val_mixture, " | ".join([*filter(None, [args.val_mixture]), *said])
 
 
 def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.DistInfo) -> None:
@@ -75,20 +98,14 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
 
     # What there is to learn from
-    spec = " | ".join(part for part in (args.mixture, args.data) if part)
-    mixture = build_mixture(spec, "train", args.seed)
-    print0(mixture.describe())
+    mixture, val_mixture, validation = load_mixtures(args)
     source = ConversationSource(mixture, tokenizer, seq_len + 1)
-    print0(
-        f"conversations: {source.kept:,} kept ({source.truncated:,} cut to {seq_len + 1} tokens), "
-        f"{source.dropped:,} dropped for having no trained token within a row"
-    )
     reader = RowReader(source, seq_len + 1, args.seed, bos)
     if args.preview:
-        return preview(reader, tokenizer)
+        return preview_conversations(mixture, source, reader, tokenizer, validation)
+    print0(f"{mixture.describe()}\n{source.account()}\nvalidation: {validation}")
     val_source = None
-    if args.val_mixture:
-        val_mixture = build_mixture(args.val_mixture, "test", args.seed)
+    if val_mixture is not None:
         val_source = ConversationSource(val_mixture, tokenizer, seq_len + 1)
 
     rows_per_step = args.total_batch_size // seq_len
@@ -114,7 +131,8 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             "tokenizer": start.meta["tokenizer"],
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "data": {"train": source.fingerprint, "started from": str(start.folder.name)},
-            "mixture": spec,
+            "mixture": " | ".join(row.name for row in mixture.rows),
+            "validation": validation,
         },
         loader=loader,
     )

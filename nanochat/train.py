@@ -36,7 +36,7 @@ from nanochat.checkpoint import (
     warn_if_unfinished,
 )
 from nanochat.common import UserError, append_jsonl, get_base_dir, print0
-from nanochat.dataloader import IGNORE, MicroBatch, RowReader, StepLoader
+from nanochat.dataloader import IGNORE, MicroBatch, StepLoader
 from nanochat.distributed import DistInfo, all_reduce_sum, sum_over_ranks
 from nanochat.flags import FinetuneFlags, TrainFlags
 from nanochat.machine import machine_info, versions
@@ -380,14 +380,3 @@ def load_base(tag: str, model: Any, tokenizer: Tokenizer) -> None:
         )
     load_weights(folder, model)
     print0(f"starting from {folder}")
-
-
-def preview(reader: RowReader, tokenizer: Any, num_rows: int = 3) -> None:
-    """Prints decoded rows; what is trained on is green."""
-    tokens, targets = reader.read(0, num_rows)
-    for row in range(num_rows):
-        ids = tokens[row].tolist()
-        mask = [0, *(targets[row, :-1] != IGNORE).astype(int).tolist()]
-        share = float((targets[row] != IGNORE).mean())
-        print0(f"--- row {row}: {len(ids)} tokens, {share:.0%} trained on")
-        print0(tokenizer.visualize(ids, mask))

@@ -91,11 +91,10 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
 
     if files is not None:
         # One file of training text is enough to compare with, and tokenizing all takes long
-        keep_train, keep_val = ("train", "val") if files.by_hash else ("all", "all")
         for split, paths, keep in (
-            ("train", files.train[:1], keep_train), ("val", [files.val], keep_val),
+            ("train", files.train[:1], files.keep_train), ("val", [files.val], files.keep_val),
         ):  # fmt: skip
-            source = TextSource(paths, tokenizer, keep)  # type: ignore[arg-type]
+            source = TextSource(paths, tokenizer, keep)
             row_len = model.config.sequence_len + 1
             reader = RowReader(source, row_len, 0, tokenizer.get_bos_token_id())
             batches = eval_batches(

@@ -24,9 +24,10 @@ from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
+from nanochat.preview import preview_text
 from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum, num_iterations
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train import Trainer, autocast, load_base, preview
+from nanochat.train import Trainer, autocast, load_base
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -52,7 +53,8 @@ class Args(flags.ScheduleFlags, flags.TrainFlags):
     tokenizer: str | None = None
     """Default: our own, from scripts.tok_train. Or qwen2.5, or a folder with a tokenizer.json."""
     data: str | None = None
-    """File, folder or glob of parquet, jsonl or txt; default: base_data/."""
+    """Text: a file, folder or glob of parquet, jsonl(.gz, .zst) with `text`, or txt. Default:
+    base_data/."""
     val_data: str | None = None
     """Validation file; default: the last file of --data, pinned at first use."""
     num_iterations: int = -1
@@ -74,7 +76,8 @@ class Args(flags.ScheduleFlags, flags.TrainFlags):
 
 
 def main(args: Args) -> None:
-    with distributed.session(args.device_type, args.seed) as info:
+    # Looking at data needs no GPU
+    with distributed.session("cpu" if args.preview else args.device_type, args.seed) as info:
         train(args, info)
 
 
@@ -84,12 +87,11 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     bos = tokenizer.get_bos_token_id()
     files = split_files(args.data, args.val_data)
     row_len = args.max_seq_len + 1  # a row's targets are its tokens one further on
-    keep_train, keep_val = ("train", "val") if files.by_hash else ("all", "all")
-    source = TextSource(files.train, tokenizer, keep_train)  # type: ignore[arg-type]
-    val_source = TextSource([files.val], tokenizer, keep_val)  # type: ignore[arg-type]
+    source = TextSource(files.train, tokenizer, files.keep_train)
+    val_source = TextSource([files.val], tokenizer, files.keep_val)
     reader = RowReader(source, row_len, args.seed, bos)
     if args.preview:
-        return preview(reader, tokenizer)
+        return preview_text(files, reader, tokenizer)
 
     bundle = get_base_dir() / "eval_bundle"
     if args.core_metric_every > 0:
@@ -136,6 +138,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
             "tokenizer": args.tokenizer,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "data": {"train": source.fingerprint, "val": val_source.fingerprint},
+            "validation": files.validation,
         },
         loader=loader,
     )

@@ -19,7 +19,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from nanochat import flags
 from nanochat.common import UserError, append_jsonl, get_base_dir, print0
-from nanochat.dataset import Keep, iter_texts, split_files
+from nanochat.dataset import iter_texts, split_files
+from nanochat.preview import preview_corpus
 from nanochat.tokenizer import Tokenizer, without_surrogates
 
 NUM_CHECKED = 200  # documents on which decode(encode(text)) must give the text back
@@ -36,7 +37,12 @@ class Args:
     doc_cap: int = 10_000
     """Characters taken of each document, so that a few huge ones do not decide the vocabulary."""
     data: str | None = None
-    """A file, folder or glob of text; default: $NANOCHAT_BASE_DIR/base_data/."""
+    """Text: a file, folder or glob of parquet, jsonl(.gz, .zst) with `text`, or txt. Default:
+    base_data/."""
+    val_data: str | None = None
+    """Validation file, which is not read; default: as scripts.base_train chooses it."""
+    preview: bool = False
+    """Print a few documents and how many are counted, and stop."""
 
 
 class Corpus:
@@ -48,10 +54,9 @@ class Corpus:
         self.checked: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
-        files = split_files(self.args.data)
-        keep: Keep = "train" if files.by_hash else "all"  # a lone file holds both parts
+        files = split_files(self.args.data, self.args.val_data)
         task = self.progress.add_task("reading")
-        for text in iter_texts(files.train, self.args.doc_cap, keep):
+        for text in iter_texts(files.train, self.args.doc_cap, files.keep_train):
             text = text[: self.args.max_chars - self.chars]
             self.docs += 1
             self.chars += len(text)
@@ -70,6 +75,9 @@ def main(args: Args) -> None:
     for flag in ("max_chars", "doc_cap"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}={getattr(args, flag)}: must be at least 1")
+    if args.preview:
+        files = split_files(args.data, args.val_data)
+        return preview_corpus(files, args.doc_cap, args.max_chars)
 
     # Learn. The trainer pulls the texts through as it counts them; the corpus is never in memory.
     start = time.perf_counter()

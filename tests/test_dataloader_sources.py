@@ -252,7 +252,7 @@ def test_conversations_are_kept_whole_and_their_targets_are_what_is_trained(
     tokenizer = tiny_tokenizer()
     bos = tokenizer.get_bos_token_id()
     source = ConversationSource(CONVERSATIONS, tokenizer, 129)
-    assert (source.kept, source.truncated, source.dropped) == (40, 0, 0)
+    assert (source.counts[:, 0] == source.counts[:, 1]).all() and source.counts.all()
     reader = RowReader(source, 129, seed=0, pad_id=bos)
     tokens, targets = reader.read(0, reader.rows_per_epoch())
     assert 129 * len(tokens) < 1.3 * len(source.documents.ids)  # best fit: little padding
@@ -278,7 +278,9 @@ def test_every_conversation_is_accounted_for(own_base_dir: Path) -> None:
     long_answer = conversation("Hi", "word " * 200)
     task = [*CONVERSATIONS[:5], long_question, long_answer, long_question]
     source = ConversationSource(task, tokenizer, 65)
-    assert (source.kept, source.truncated, source.dropped) == (6, 1, 2)
+    assert "6 kept, of which 1 cut to 65 tokens" in source.account()
+    assert "2 dropped" in source.account() and "(2: the assistant's first" in source.account()
+    assert source.counts[:, 1].tolist() == [*source.counts[:5, 0], 0, 65, 0]
     assert source.documents.lengths.max() == 65
     trained = source.documents.trained
     assert trained is not None

@@ -37,7 +37,7 @@ FLOORS = {
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks"], 2),
     "primer": 2.5,
     **dict.fromkeys(["checkpoint", "engine", "hf"], 3),
-    **dict.fromkeys(["evals", "report", "serve", "train"], 4),
+    **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["finetune", "rollout"], 4.5),
 }
 MAX_LINES = 450

@@ -180,7 +180,7 @@ class OwnData:
     """Own rows to train on, and those held out; `validation` says in words which these are."""
 
     train: RowTask
-    val: RowTask | None  # None: there are too few rows to hold one out
+    val: RowTask | None  # None: there are too few to hold one out
     validation: str
 
 

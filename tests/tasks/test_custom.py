@@ -198,9 +198,9 @@ def test_own_data_errors_name_file_and_row(base_dir: Path) -> None:
         load_own(str(write_jsonl(path, [*conversations(0, 1), CHAT])), answers=True)
     text = base_dir / "own.txt"
     text.write_text("hello", encoding="utf-8")
-    with pytest.raises(
-        UserError, match=r"own\.txt: conversations and problems are read from"
-    ):
+    with pytest.raises(UserError, match=r"own\.txt: conversations and problems are read from"):
         load_own(str(text))
-    with pytest.raises(UserError, match=r"no data in .*elsewhere: --data takes a file, a folder"):
+    with pytest.raises(
+        UserError, match=r"no parquet or jsonl files in .*elsewhere: --data takes a file, a folder"
+    ):
         load_own(str(base_dir / "elsewhere"))
