@@ -310,7 +310,6 @@ def plan_shards(hub: Hub, num_files: int) -> tuple[dict[str, Remote], str]:
     """(the shards to have, with what is known of each; the validation shard among them).
 
     Raises UserError for a data set without shards."""
-    pin = _read_pins().get("base_data", {})
     ours = hub.repo == DEFAULT_REPO
     try:  # of another data set, nothing else says which shard is the last
         listing = hub.list_files(min(2, hub.patience.tries) if ours else hub.patience.tries)
@@ -322,7 +321,10 @@ def plan_shards(hub: Hub, num_files: int) -> tuple[dict[str, Remote], str]:
         listing = {shard_name(i): Remote() for i in range(LAST_SHARD + 1)}
     shards = sorted(name for name in listing if SHARD_NAME.fullmatch(name))
     # Once it has been said which one is validation, shards that are added never move it
-    val = shard_name(LAST_SHARD) if ours else pin.get("file", max(shards, default=""))
+    pin = _read_pins().get("base_data", {})
+    known = pin.get("repo") == hub.repo
+    last = pin["file"] if known else max(shards, default="")
+    val = shard_name(LAST_SHARD) if ours else last
     train = [name for name in shards if name != val]
     if not train:
         found = ", ".join(sorted(listing)[:8]) or "nothing"
@@ -346,11 +348,15 @@ def _claim_folder(folder: Path, repo: str, files: dict[str, Remote], val: str) -
         for path in there
         if path.name in files and files[path.name].size not in (None, path.stat().st_size)
     ]
-    if owner != repo or strange:
-        what = f"{', '.join(strange[:3])} of another size" if strange else f"shards of {owner}"
+    if owner != repo:
         raise UserError(
-            f"{folder} holds {what}; those of {repo} must not mix with them. Move them away, or "
-            "use another NANOCHAT_BASE_DIR"
+            f"{folder} holds shards of {owner}; those of {repo} must not mix with them. Move them "
+            "away, or use another NANOCHAT_BASE_DIR"
+        )
+    if strange:
+        raise UserError(
+            f"{folder} holds {', '.join(strange[:5])} of another size than {repo} has: from "
+            "elsewhere, or damaged. Move them away, or use another NANOCHAT_BASE_DIR"
         )
     pins["base_data"] = {"file": val, "by_hash": False, "repo": repo}
     write_json(_pins_path(), pins)

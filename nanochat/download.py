@@ -132,20 +132,36 @@ def persist(
         if failures >= patience.tries:
             kept = f" ({reached():,} bytes are kept for the next time)" if reached() else ""
             kind = Hopeless if _nobody_answered(failure) else UserError
-            raise kind(f"could not download {url} after {failures} tries: {failure}{kept}")
+            raise kind(f"could not download {url} after {failures} tries: {_cause(failure)}{kept}")
         wait = failure.wait if isinstance(failure, Transient) else None
         if wait is None:
             wait = min(30.0, 2.0 ** (failures - 1)) * random.uniform(0.5, 1.5)
-        patience.note(f"{failure}; trying again in {wait:.0f} s")
+        patience.note(f"{_cause(failure)}; trying again in {wait:.0f} s")
         patience.pause(wait)
+
+
+def _innermost(failure: BaseException) -> BaseException:
+    """What requests and urllib3 have wrapped, some of it three times."""
+    inner = getattr(failure, "reason", None) or (failure.args or [None])[0]
+    return _innermost(inner) if isinstance(inner, BaseException) else failure
+
+
+def _cause(failure: Exception) -> str:
+    """The failure in words. urllib3 gives some of its errors a pair of these and an exception."""
+    inner = _innermost(failure)
+    return str(inner.args[0] if inner.args else inner)
 
 
 def _nobody_answered(failure: Exception) -> bool:
     """Whether there was not even a connection: no network, no such host, a proxy that refuses."""
-    reason = getattr(failure.args[0] if failure.args else None, "reason", None)
-    return isinstance(
-        failure, requests.exceptions.ConnectTimeout | requests.exceptions.ProxyError
-    ) or isinstance(reason, urllib3.exceptions.NewConnectionError)
+    no_connection = (
+        urllib3.exceptions.NewConnectionError,
+        urllib3.exceptions.ConnectTimeoutError,
+        urllib3.exceptions.ProxyError,
+    )
+    return isinstance(_innermost(failure), no_connection) or isinstance(
+        failure, requests.exceptions.ProxyError
+    )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     tokenizer, model = start.tokenizer, start.model
     bos = tokenizer.get_bos_token_id()
     seq_len, args.total_batch_size = resolve(args, start)
-    grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
+    if not args.preview:
+        grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
 
     # What there is to learn from
     mixture, val_mixture, validation = load_mixtures(args)

@@ -166,8 +166,9 @@ def test_two_data_sets_never_mix(other: FakeHub, own_base_dir: Path) -> None:
     before = have(own_base_dir)
     with pytest.raises(UserError, match=f"holds shards of me/mine; those of {DEFAULT_REPO}"):
         cli("-n", "1")
+    listing = json.dumps([{"path": shard_name(i), "size": 9} for i in range(3)]).encode()
+    other.files[other.tree.replace("me/mine", "you/yours")] = listing
     with pytest.raises(UserError, match="holds shards of me/mine; those of you/yours"):
-        other.files[other.tree.replace("me/mine", "you/yours")] = other.files[other.tree]
         cli("-n", "1", "--repo=you/yours")
     assert have(own_base_dir) == before
 
@@ -183,6 +184,29 @@ def test_files_of_the_same_name_from_elsewhere_are_noticed(
     with pytest.raises(UserError, match=r"holds shard_00001\.parquet of another size"):
         cli("-n", "2")
     assert hub.shards_asked_for() == []
+
+
+def test_the_token_opens_what_is_private_and_goes_nowhere_else(
+    other: FakeHub, own_base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with FileServer(
+        {"/more": b'[{"path": "shard_00001.parquet"}]'}
+    ) as elsewhere:  # where a mirror's listing goes on
+        other.headers[other.tree] = {"Link": f'<{elsewhere.url}/more>; rel="next"'}
+        other.files[other.root + shard_name(0)] = shard(0)
+        cli("-n", "-1", "--repo=me/mine")
+        assert elsewhere.tokens == [None]
+    assert set(other.tokens) == {"Bearer hf_secret"}
+
+
+def test_the_pin_of_other_data_is_not_the_last_shard(other: FakeHub, own_base_dir: Path) -> None:
+    """base_data/ held the primer once: its validation shard is a training shard here."""
+    pins = {"base_data": {"file": shard_name(4), "by_hash": False}}
+    own_base_dir.mkdir()
+    (own_base_dir / "validation_files.json").write_text(json.dumps(pins), encoding="utf-8")
+    cli("-n", "5", "--repo=me/mine")
+    assert split_files().val.name == shard_name(6)
 
 
 def test_a_data_set_of_another_layout(other: FakeHub) -> None:
