@@ -147,9 +147,9 @@ def _innermost(failure: BaseException) -> BaseException:
 
 
 def _cause(failure: Exception) -> str:
-    """The failure in words. urllib3 gives some of its errors a pair of these and an exception."""
+    """The failure in words, which some errors hold together with another exception."""
     inner = _innermost(failure)
-    return str(inner.args[0] if inner.args else inner)
+    return inner.args[0] if inner.args and isinstance(inner.args[0], str) else str(inner)
 
 
 def _nobody_answered(failure: Exception) -> bool:
@@ -159,9 +159,7 @@ def _nobody_answered(failure: Exception) -> bool:
         urllib3.exceptions.ConnectTimeoutError,
         urllib3.exceptions.ProxyError,
     )
-    return isinstance(_innermost(failure), no_connection) or isinstance(
-        failure, requests.exceptions.ProxyError
-    )
+    return isinstance(_innermost(failure), no_connection)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -335,7 +333,11 @@ def _claim(path: Path, wait: bool, pause: Callable[[float], None]) -> Iterator[I
     the process dies. It stays as long as a part does."""
     lock = path.with_name(path.name + ".lock")
     while True:
-        with open(lock, "a+", encoding="utf-8") as f:
+        try:
+            f = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 -- closed by the next line's with
+        except OSError as e:
+            raise Hopeless(f"cannot write {lock}: {e}") from e
+        with f:
             if _try_lock(f):
                 if not _has_name(f, lock):
                     continue  # deleted by the process that was at work: there may be a new one

@@ -161,6 +161,9 @@ def fetch_files(
             run = _Run(hub, folder, check, meter, outcome, expected)
             busy = run.fetch(missing, workers, wait=False)
             run.fetch({name: missing[name] for name in busy}, workers, wait=True)
+        except KeyboardInterrupt:
+            meter.note("what has come is kept: run the same command again to go on")
+            raise
         finally:
             outcome.num_bytes = meter.num_bytes
     return outcome

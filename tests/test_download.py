@@ -353,6 +353,13 @@ def test_a_full_disk_ends_it_at_once(fetch: Fetch) -> None:
     assert not fetch.path.exists()
 
 
+def test_a_place_that_cannot_be_written_to(fetch: Fetch) -> None:
+    fetch.path.parent.mkdir()
+    fetch.path.with_name("a.bin.lock").mkdir()  # a folder in its way, as good as no permission
+    with pytest.raises(Hopeless, match=r"cannot write .*a\.bin\.lock: "):
+        fetch()
+
+
 # ---- redirects, as the hub does: its answer knows the file, the CDN has the bytes
 
 

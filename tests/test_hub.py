@@ -352,8 +352,9 @@ def test_ctrl_c_keeps_what_has_come(real_hub: FakeHub, own_base_dir: Path) -> No
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=10)
     assert process.returncode == 130
+    assert "what has come is kept" in out
     assert "interrupted" in err and "Traceback" not in err
     assert not list(part.parent.glob("*.parquet"))
     real_hub.always = None
