@@ -226,7 +226,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
         ) from e
     with file:
         if "text" not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column `text`; found {file.schema_arrow.names}")
+            names = file.schema_arrow.names
+            raise UserError(f"{path}: row 0: there is no column `text`; found {', '.join(names)}")
         row = 0
         for group in range(file.num_row_groups):
             try:
@@ -257,7 +258,8 @@ def _read_txt(path: Path) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text: {e}") from e
+        line = e.object.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text: {e}") from e
     start = 0
     while len(text) - start > TXT_PIECE:
         least, most = start + TXT_PIECE // 2, start + TXT_PIECE

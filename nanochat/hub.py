@@ -273,10 +273,12 @@ class Meter:
             self.progress.update(self.task, description=f"{self.done}/{self.files} files")
 
     def note(self, text: str) -> None:
-        """A line above the live one."""
-        self.progress.console.print(text, markup=False, highlight=False) if self.live else print0(
-            text
-        )
+        """A line of its own, above the live one if there is one."""
+        with self.lock:
+            if self.live:
+                self.progress.console.print(text, markup=False, highlight=False)
+            else:
+                print0(text)
 
     def line(self) -> str:
         task = self.progress.tasks[0]

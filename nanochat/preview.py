@@ -24,6 +24,7 @@ from nanochat.tasks.common import Task
 from nanochat.tasks.mixture import TaskMixture
 
 NUM_ROWS = 3
+MOST_FILES = 10  # whose share is shown
 LONGEST = 400  # characters of a stretch that are shown; of a longer one, beginning and end
 
 
@@ -100,9 +101,12 @@ def text_account(documents: Documents, plan: Plan, row_len: int) -> str:
 
 def preview_text(files: TextFiles, reader: RowReader, tokenizer: Any) -> None:
     """Of pretraining: files and validation, the account of the first shard, the first rows."""
-    num_shards = reader.source.num_shards()
-    size = filesize.decimal(sum(path.stat().st_size for path in files.train))
-    print0(f"text: {len(files.train)} files of {size}, in {num_shards} shards")
+    sizes = [path.stat().st_size for path in files.train]
+    print0(f"text: {len(files.train)} files, {filesize.decimal(sum(sizes))} on disk")
+    for path, size in zip(files.train[:MOST_FILES], sizes):
+        print0(f"  {size / max(1, sum(sizes)):>6.1%}  {path.name}")
+    if len(files.train) > MOST_FILES:
+        print0(f"  and {len(files.train) - MOST_FILES} more")
     print0(f"validation: {files.validation}")
     print0("the shard that is read first: " + text_account(*reader.plan(0), reader.row_len))
     print_rows(reader, tokenizer)

@@ -94,7 +94,7 @@ def test_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = TextSource(files.train, tokenizer)
     preview_text(files, RowReader(source, 33, 0, tokenizer.get_bos_token_id()), tokenizer)
     out = capsys.readouterr().out
-    assert out.startswith("text: 1 files of 2.6 kB, in 1 shards\nvalidation: b.jsonl\n")
+    assert out.startswith("text: 1 files, 2.6 kB on disk\n  100.0%  a.jsonl\nvalidation: b.jsonl\n")
     assert "read first: 60 documents of" in out
     assert "--- row 2: 32 tokens, 100% trained on\n<|bos|>⟦document" in out
 
