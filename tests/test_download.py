@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import errno
 import hashlib
@@ -23,6 +24,7 @@ from nanochat.download import Busy, Hopeless, Patience, Remote, download
 from tests.servers_for_tests import (
     Answer,
     FileServer,
+    Handler,
     chunked,
     compressed,
     drip,
@@ -127,11 +129,11 @@ def test_what_came_before_a_break_is_not_fetched_again(fetch: Fetch, count: int)
 
 
 def test_as_many_breaks_as_it_takes_while_each_brings_something(fetch: Fetch) -> None:
-    def a_little(handler: object, data: bytes) -> None:
+    def a_little(handler: Handler, data: bytes) -> None:
         """The range that was asked for, broken off after 10,000 bytes."""
-        first = int((handler.headers.get("Range") or "bytes=0-")[6:-1])  # type: ignore[attr-defined]
+        first = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
         where = f"bytes {first}-{len(data) - 1}/{len(data)}"
-        handler.send(  # type: ignore[attr-defined]
+        handler.send(
             206 if first else 200, data[first : first + 10_000], len(data) - first,
             Content_Range=where,
         )  # fmt: skip
@@ -190,8 +192,8 @@ def test_a_length_that_is_too_small_is_known_to_be_where_the_size_is(fetch: Fetc
 
 
 def test_a_length_that_is_too_large_costs_one_more_request(fetch: Fetch) -> None:
-    def overstate(handler: object, data: bytes) -> None:
-        handler.send(200, data, len(data) + 1000)  # type: ignore[attr-defined]
+    def overstate(handler: Handler, data: bytes) -> None:
+        handler.send(200, data, len(data) + 1000)
 
     fetch(overstate)
     assert_whole(fetch)  # 416 says that the part is all there is
@@ -216,8 +218,8 @@ def test_the_hash_of_the_server_is_checked(fetch: Fetch, header: str, form: str)
 def test_a_hash_known_from_elsewhere_is_checked_too(fetch: Fetch) -> None:
     fetch.content, fetch.known = None, Remote(sha256=SHA256)
 
-    def spoiled(handler: object, data: bytes) -> None:
-        handler.send(200, OTHER)  # type: ignore[attr-defined]
+    def spoiled(handler: Handler, data: bytes) -> None:
+        handler.send(200, OTHER)
 
     fetch(spoiled)
     assert_whole(fetch)
@@ -499,6 +501,37 @@ def test_many_at_once_give_one_whole_file(fetch: Fetch) -> None:
     assert sorted(results) == [False] * 7 + [True]
     assert fetch.path.read_bytes() == DATA and fetch.left() == ["a.bin"]
     assert fetch.server.ranges == [None]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_what_has_the_name_is_one_version_whole(fetch: Fetch, seed: int) -> None:
+    """Random faults, from a server whose file changes now and then, over as many runs as it takes.
+    No check and no hash help: length and version alone must keep the bytes apart."""
+    rng = random.Random(seed)
+    versions = {'"one"': DATA, '"two"': OTHER[:250_000]}
+    current = '"one"'
+
+    def answer(handler: Handler, data: bytes) -> None:
+        nonlocal current
+        if rng.random() < 0.2:
+            current = rng.choice([*versions])
+        handler.owner.headers["/a.bin"] = {"ETag": current}
+        count = rng.randrange(250_000)
+        faults = [
+            truncate(count), reset(count), fail(503), html, without_range, wrong_range,
+            chunked(4, end=False), whole,
+        ]  # fmt: skip
+        rng.choices(faults, [4, 4, 2, 1, 1, 1, 1, 1])[0](handler, versions[current])
+
+    fetch.content = None
+    fetch.server.always = answer
+    fetch.patience = replace(fetch.patience, tries=2)
+    while not fetch.path.exists():
+        with contextlib.suppress(UserError):
+            fetch()
+    assert fetch.path.read_bytes() in versions.values()
+    assert fetch.left() == ["a.bin"]
+    assert sum(fetch.progress) == len(fetch.path.read_bytes())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs flock")
