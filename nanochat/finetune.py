@@ -80,15 +80,18 @@ def finetune(args: ConversationFlags, stage: str, mixture: str, val_mixture: str
 
 def load_mixtures(args: ConversationFlags) -> tuple[TaskMixture, TaskMixture | None, str]:
     """Conversations to train on, those for the validation loss, and in words which these are."""
-    train, val, said = None, None, []
+    train, val, said = None, None, [args.val_mixture]
     if args.data:
         own = load_own(args.data, args.val_data)
-        train, val, said = own.train, own.val, [own.validation]
+        train, val = own.train, own.val
+        said.append(own.validation)
+    elif args.val_data:
+        raise UserError(f"--val_data={args.val_data} belongs to --data; else use --val_mixture")
     mixture = build_mixture(args.mixture or "", "train", args.seed, train)
     if not args.val_mixture and val is None:
         return mixture, None, "none"
     val_mixture = build_mixture(args.val_mixture or "", "test", args.seed, val)
-    return mixture, val_mixture, " | ".join([*filter(None, [args.val_mixture]), *said])
+    return mixture, val_mixture, " | ".join(filter(None, said))
 
 
 def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.DistInfo) -> None:
@@ -132,7 +135,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             "tokenizer": start.meta["tokenizer"],
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "data": {"train": source.fingerprint, "started from": str(start.folder.name)},
-            "mixture": " | ".join(row.name for row in mixture.rows),
+            "mixture": " | ".join(filter(None, [args.mixture, args.data])),
             "validation": validation,
         },
         loader=loader,

@@ -83,6 +83,8 @@ def problems_of(args: Args) -> tuple[Task, Task | None, str]:
     if data is not None:
         own = load_own(data, args.val_data, answers=True)
         return own.train, own.val, own.validation
+    if args.val_data:
+        raise UserError(f"--val_data={args.val_data} belongs to --data; --task has a test split")
     return get_task(args.task, "train"), get_task(args.task, "test"), f"test split of {args.task}"
 
 

@@ -96,7 +96,7 @@ def test_conversations_take_the_place_of_the_mixture(
     both = ["--mixture=primer-facts@50", "--val_mixture=primer-facts@10", "--model_tag=both"]
     run_stage(script, *CHAT_FLAGS, f"--data={data}", "--source_tag=d2", *both)
     meta = meta_of(stage, "both")
-    assert meta["mixture"] == f"primer-facts | {data}"
+    assert meta["mixture"] == f"primer-facts@50 | {data}"
     assert meta["validation"].startswith("primer-facts@10 | chats.jsonl.zst: 1 document in 50")
 
 
@@ -112,6 +112,12 @@ def test_problems_for_rl(tmp_path: Path) -> None:
     few = write(tmp_path / "few.jsonl", problems(3)[1:])  # none to hold out: no evaluation
     run_stage("chat_rl", *rl, f"--data={few}", "--model_tag=few")
     assert "pass1" not in meta_of("rl", "few")["metrics"]
+
+
+@pytest.mark.parametrize("script, argv", [("mid_train", CHAT_FLAGS), ("chat_rl", RL_FLAGS)])
+def test_validation_of_nothing_is_refused(script: str, argv: list[str]) -> None:
+    with pytest.raises(UserError, match="--val_data=x belongs to --data"):
+        run_stage(script, *argv, "--val_data=x", "--preview")
 
 
 def test_a_bad_row_is_named_before_anything_is_trained(tmp_path: Path) -> None:
