@@ -2,7 +2,8 @@
 Pretraining text: which files there are, which one is validation, and reading them.
 
     python -m nanochat.dataset -n 8          # the first 8 shards and the validation shard
-    python -m nanochat.dataset -n -1         # all 1,823
+    python -m nanochat.dataset -n -1 -w 8    # all 1,823, eight at a time
+    python -m nanochat.dataset -n 8 --repo=me/my-shards
 
 The default is karpathy/fineweb-edu-100b-shuffle: parquet shards of one string column `text`, about
 250M characters each, whose last shard (shard_01822) is always validation. Own data is a file, a

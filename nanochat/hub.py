@@ -159,6 +159,7 @@ def fetch_files(
     with Meter(len(missing), total, on_disk) as meter:
         try:
             run = _Run(hub, folder, check, meter, outcome, expected)
+            # What another process is at comes last: by then, it will mostly have been fetched
             busy = run.fetch(missing, workers, wait=False)
             run.fetch({name: missing[name] for name in busy}, workers, wait=True)
         except KeyboardInterrupt:
@@ -223,6 +224,7 @@ class _Run:
         self.meter.finished(size, self.expected[name])
 
     def _pause(self, seconds: float) -> None:
+        # Between two tries, and with 0 seconds at every piece that comes, a thread hears of the end
         if self.stop.wait(seconds):
             raise _Stopped
 
@@ -241,6 +243,7 @@ class Meter:
             TimeRemainingColumn(),
         )  # fmt: skip
         self.live = sys.stdout.isatty()
+        # Switched off, it still reckons: our own lines are made of its numbers
         self.progress = Progress(*columns, disable=not self.live)
         self.task = self.progress.add_task(
             f"0/{files} files", total=total or None, completed=on_disk
@@ -256,6 +259,7 @@ class Meter:
         self.progress.stop()
 
     def advance(self, num_bytes: int) -> None:
+        """Bytes that have come, or below 0 those thrown away."""
         with self.lock:
             self.num_bytes += num_bytes
             self.progress.advance(self.task, num_bytes)
@@ -281,6 +285,7 @@ class Meter:
                 print0(text)
 
     def line(self) -> str:
+        """How it stands, in words."""
         task = self.progress.tasks[0]
         line = f"{self.done}/{self.files} files, {filesize.decimal(int(task.completed))}"
         line += f" of {filesize.decimal(int(task.total))}" if task.total else ""
