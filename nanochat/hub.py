@@ -262,7 +262,10 @@ class Meter:
         """Bytes that have come, or below 0 those thrown away."""
         with self.lock:
             self.num_bytes += num_bytes
-            self.progress.advance(self.task, num_bytes)
+            if num_bytes >= 0:
+                self.progress.advance(self.task, num_bytes)
+            else:  # no backward speed
+                self.progress.tasks[0].completed += num_bytes
             now = time.monotonic()
             if not self.live and now - self._printed >= LINE_EVERY:
                 self._printed = now

@@ -396,7 +396,7 @@ def test_a_line_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     meter.finished(size=900_000, expected=1_000_000)
     assert meter.line() == "1/4 files, 1.0 MB of 3.9 MB, 100.0 kB/s, 0.5 min to go"
     meter.advance(-500_000)  # something has to be fetched again
-    assert meter.line().startswith("1/4 files, 500.0 kB of 3.9 MB")
+    assert meter.line() == "1/4 files, 500.0 kB of 3.9 MB, 100.0 kB/s, 0.6 min to go"
 
 
 def test_on_a_terminal_it_is_live(hub: FakeHub, own_base_dir: Path) -> None:
