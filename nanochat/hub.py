@@ -56,7 +56,7 @@ class Hub:
 
     def __init__(self, repo: str, patience: Patience) -> None:
         self.repo, self.patience = repo, patience
-        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self.token = os.environ.get("HF_TOKEN")
 
     def url(self, name: str) -> str:
