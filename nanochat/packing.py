@@ -46,15 +46,23 @@ class Plan:
 
     pieces: np.ndarray  # int64, (pieces, 3)
     starts: np.ndarray  # int64, (rows + 1,)
-    cropped: int  # tokens of documents that no row shows
+    cropped: int  # tokens of documents that no row shows, not counting bos
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @property
-    def continued(self) -> int:
-        """Tokens in pieces that go on with a document: their row does not show its beginning."""
-        return int(self.pieces[self.pieces[:, 1] > 0, 2].sum())
+    def summary(self, row_len: int) -> dict[str, float]:
+        """What packing did: the share of the documents' tokens that no row shows, and the shares of
+        the rows' tokens that are padding, or whose row does not show their document's beginning."""
+        length, continued = self.pieces[:, 2], self.pieces[:, 1] > 0
+        shown, room = int(length.sum()), max(1, len(self) * row_len)
+        total = shown - len(length) + self.cropped
+        return {
+            "rows": len(self),
+            "cropped": self.cropped / max(1, total),
+            "padded": 1 - shown / room,
+            "continued": int(length[continued].sum()) / room,
+        }
 
 
 class _Waiting:
@@ -114,19 +122,20 @@ def pack(lengths: np.ndarray, order: np.ndarray, row_len: int, cut: bool) -> Pla
     assert row_len >= 2, f"a row of {row_len} tokens has nothing to predict"
     assert cut or lengths.max(initial=0) <= row_len, "a document longer than a row must be cut"
     # A row holds row_len - 1 tokens besides its bos: so many rows a document fills by itself
-    full, rest = np.divmod(np.maximum(lengths[order] - 1, 0), row_len - 1)
+    full, rest = np.divmod(lengths[order] - 1, row_len - 1)
     docs = np.repeat(order, full)
     nth = np.arange(len(docs)) - np.repeat(np.cumsum(full) - full, full)
     rows_alone = np.stack([docs, nth * (row_len - 1), np.full_like(docs, row_len)], axis=1)
-    ends = np.stack([order, full * (row_len - 1), rest + 1], axis=1)[rest > 0]
+    ends = np.stack([order, full * (row_len - 1), rest + 1], axis=1)
+    ends = ends[(rest > 0) if cut else (full == 0)]
 
     # Far fewer than there are: else every epoch would fill the same rows.
     buffer_size = max(1, min(PACK_BUFFER, len(order) // 4))
     pieces, starts = _pack_ends(zip(*ends.T.tolist()), row_len, cut, buffer_size)
     both = np.concatenate([rows_alone, np.asarray(pieces, dtype=np.int64).reshape(-1, 3)])
     all_starts = np.concatenate([np.arange(len(docs)), len(docs) + np.asarray(starts)])
-    shown = int(both[:, 2].sum() - (both[:, 1] > 0).sum())
-    return Plan(both, all_starts.astype(np.int64), int(lengths[order].sum()) - shown)
+    cropped = int((lengths[order] - 1).sum() - (both[:, 2] - 1).sum())
+    return Plan(both, all_starts.astype(np.int64), cropped)
 
 
 def _pack_ends(
