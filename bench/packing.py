@@ -99,8 +99,8 @@ def best_fit(lengths: np.ndarray, order: np.ndarray, row_len: int, keep_rest: bo
             break
         starts.append(len(pieces))
     array = np.asarray(pieces, dtype=np.int64)
-    shown = array[:, 2].sum() - (array[:, 1] > 0).sum()
-    return Plan(array, np.asarray(starts), int(lengths[order].sum() - shown))
+    cropped = (lengths[order] - 1).sum() - (array[:, 2] - 1).sum()
+    return Plan(array, np.asarray(starts), int(cropped))
 
 
 WAYS: dict[str, Way] = {
@@ -128,12 +128,11 @@ def shares(documents: Documents, way: Way, row_len: int) -> dict[str, float]:
     started = time.perf_counter()
     plan = way(lengths, order, row_len)
     seconds = time.perf_counter() - started
-    total = int(lengths.sum())
-    cropped = total - int(plan.pieces[:, 2].sum() - (plan.pieces[:, 1] > 0).sum())
+    summary = plan.summary(row_len)
     return {
         "rows": len(plan),
-        "cropped": round(cropped / total, 4),
-        "without their document's beginning": round(plan.continued / total, 4),
+        "cropped": round(summary["cropped"], 4),
+        "without their document's beginning": round(summary["continued"], 4),
         "pieces": len(plan.pieces),
         "plan_seconds": round(seconds, 3),
     }

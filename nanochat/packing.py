@@ -12,6 +12,7 @@ Pure functions of numbers; dataloader.py makes training rows of them. Floor 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -79,21 +80,23 @@ class _Waiting:
         self.mirrored = 0  # bit row_len - n: the same
 
     def put(self, piece: Piece) -> None:
-        self._switch(piece[2])
-        self.by_length[piece[2]].append(piece)
+        length = piece[2]
+        if not self.by_length[length]:
+            self._switch(length)
+        self.by_length[length].append(piece)
         self.count += 1
 
     def take(self, length: int) -> Piece:
         piece = self.by_length[length].pop()
-        self._switch(length)
+        if not self.by_length[length]:
+            self._switch(length)
         self.count -= 1
         return piece
 
     def _switch(self, length: int) -> None:
-        """Flips the bits of a length that has no piece before one comes, or after one went."""
-        if not self.by_length[length]:
-            self.present ^= 1 << length
-            self.mirrored ^= 1 << (self.row_len - length)
+        """Whether there are pieces of a length has changed."""
+        self.present ^= 1 << length
+        self.mirrored ^= 1 << (self.row_len - length)
 
     def shortest(self) -> int:
         return (self.present & -self.present).bit_length() - 1
@@ -132,7 +135,8 @@ def pack(lengths: np.ndarray, order: np.ndarray, row_len: int, cut: bool) -> Pla
     # Far fewer than there are: else every epoch would fill the same rows.
     buffer_size = max(1, min(PACK_BUFFER, len(order) // 4))
     pieces, starts = _pack_ends(zip(*ends.T.tolist()), row_len, cut, buffer_size)
-    both = np.concatenate([rows_alone, np.asarray(pieces, dtype=np.int64).reshape(-1, 3)])
+    numbers = np.fromiter(itertools.chain.from_iterable(pieces), np.int64, 3 * len(pieces))
+    both = np.concatenate([rows_alone, numbers.reshape(-1, 3)])
     all_starts = np.concatenate([np.arange(len(docs)), len(docs) + np.asarray(starts)])
     cropped = int((lengths[order] - 1).sum() - (both[:, 2] - 1).sum())
     return Plan(both, all_starts.astype(np.int64), cropped)

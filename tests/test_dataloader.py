@@ -271,7 +271,8 @@ def gather(source: FakeSource, step: int, world_size: int, batch_size: int) -> l
 
 @pytest.mark.parametrize("step", [0, 4])
 @pytest.mark.parametrize(
-    ("world_size", "batch_size"), [(1, 24), (1, 4), (2, 3), (3, 8), (3, 2), (4, 6), (4, 1)]
+    ("world_size", "batch_size"),
+    [(1, 24), (1, 4), (2, 3), (3, 8), (3, 2), (4, 6), (4, 1), (8, 3), (8, 1)],
 )
 def test_a_step_is_the_same_rows_at_any_number_of_ranks_and_batch_size(
     step: int, world_size: int, batch_size: int
