@@ -32,7 +32,7 @@ class Source(Protocol):
     """Something that gives Documents shard by shard. Most are at hand at once; text is not."""
 
     fingerprint: str
-    crop: bool  # fill rows by cutting documents (text), or pad them (conversations)
+    cut: bool  # documents may be cut to fill rows (text), or stay whole in padded rows
 
     def num_shards(self) -> int: ...
 
@@ -54,7 +54,7 @@ class Source(Protocol):
 class ConversationSource(Source):
     """Conversations of a task or mixture, rendered and masked, held in memory as one shard."""
 
-    crop = False
+    cut = False  # rows are padded
 
     def __init__(self, task: Any, tokenizer: Any, row_len: int) -> None:
         self.kept, self.truncated, self.dropped = 0, 0, 0
@@ -161,7 +161,7 @@ class RowReader:
         documents = self.source.load(shard)
         rng = np.random.default_rng(seed_from(self.seed, "documents", epoch, shard))
         order = rng.permutation(len(documents.lengths))
-        plan = pack(documents.lengths, order, self.row_len, self.source.crop)
+        plan = pack(documents.lengths, order, self.row_len, self.source.cut)
         return _Shard(documents, plan, rng.permutation(len(plan)))
 
     def _shard(self, sequence: int) -> _Shard:
@@ -225,7 +225,7 @@ class RowReader:
             start, count = start + stride * len(here), count - len(here)
         tokens = np.concatenate([part[0] for part in parts])  # (count, T + 1)
         targets = tokens[:, 1:]
-        if not self.source.crop:
+        if not self.source.cut:
             trained = np.concatenate([part[1] for part in parts])
             targets = np.where(trained[:, 1:], targets, IGNORE)
         return tokens[:, :-1], targets

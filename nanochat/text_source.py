@@ -30,7 +30,7 @@ import numpy as np
 from nanochat.common import UserError, fingerprint, get_base_dir, print0, warn0
 from nanochat.dataset import Keep, iter_texts
 from nanochat.packing import Documents
-from nanochat.threads import end_if_over
+from nanochat.threads import end_if_over, in_thread
 from nanochat.token_cache import (
     claim,
     file_fingerprints,
@@ -51,7 +51,7 @@ BATCH_CHARS = 4_000_000  # characters tokenized at a time: what bounds memory, a
 class TextSource:
     """Text files as shards of Documents, from the cache or, with `stream`, from memory."""
 
-    crop = True
+    cut = True  # documents may be cut to fill rows
 
     def __init__(
         self,
@@ -64,17 +64,21 @@ class TextSource:
         self.files, self.tokenizer, self.keep, self.stream = files, tokenizer, keep, stream
         self.cache = Path(cache).expanduser() if cache else get_base_dir() / "token_cache"
         self.shards = _group(files)
-        prints = file_fingerprints(files, self.cache / "fingerprints.json")
-        # What a shard's ids depend on. The names of the files do not matter, their order does.
-        self.keys = [
-            fingerprint(tokenizer.fingerprint, keep, *(prints[path] for path in shard))
-            for shard in self.shards
-        ]
+        self.keys = self._keys(self.shards)
         self.fingerprint = fingerprint(*self.keys)
         self._background: subprocess.Popen[bytes] | None = None
 
     def num_shards(self) -> int:
         return len(self.shards)
+
+    def _keys(self, shards: list[list[Path]]) -> list[str]:
+        """What the ids of shards depend on. The names of files do not matter, their order does."""
+        files = [path for shard in shards for path in shard]
+        prints = file_fingerprints(files, self.cache / "fingerprints.json")
+        return [
+            fingerprint(self.tokenizer.fingerprint, self.keep, *(prints[path] for path in shard))
+            for shard in shards
+        ]
 
     def load(self, shard: int) -> Documents:
         """The documents of a shard, tokenized now if nobody has prepared them."""
@@ -140,6 +144,8 @@ class TextSource:
                 f"{paths[0]} has too few documents to give some to training and some to "
                 "validation; add text, or name a validation file by --val_data"
             )
+        if self._keys([paths]) != [self.keys[shard]]:
+            raise UserError(f"{paths[0]} has changed since this run began; begin again")
 
     # ---------------------------------------------------------------------------------------------
     # Ahead of training
@@ -172,7 +178,7 @@ class TextSource:
         used, free = sweep(self.cache), free_bytes(self.cache)
         print0(
             f"token cache {self.cache}: {_size(used)} in use, {_size(free)} free; {len(missing)} "
-            f"of the {len(shards)} shards of this run are to be tokenized, {_size(need)} or so"
+            f"of this run's {len(shards)} shards are to be tokenized ({_size(need)} or so)"
         )
         if need > free:
             raise UserError(
@@ -204,10 +210,7 @@ class TextSource:
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not for it: it ends when its standard input does
         )
-        assert self._background.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has said why; we do its work in our turn
-            self._background.stdin.write(json.dumps(job).encode() + b"\n")
-            self._background.stdin.flush()
+        in_thread(_send, self._background.stdin, job)  # it is a second until it listens
 
 
 def _group(files: Sequence[Path]) -> list[list[Path]]:
@@ -235,6 +238,13 @@ def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
             batch, chars = [], 0
     if batch:
         yield batch
+
+
+def _send(pipe: Any, job: dict[str, Any]) -> None:
+    """Hands the job over, and leaves the pipe open. If the process has died, it has said why."""
+    with contextlib.suppress(BrokenPipeError):
+        pipe.write(json.dumps(job).encode() + b"\n")
+        pipe.flush()
 
 
 def _size(size: float) -> str:

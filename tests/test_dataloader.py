@@ -38,8 +38,8 @@ class FakeSource:
 
     fingerprint = "fake"
 
-    def __init__(self, shards: list[list[int]], crop: bool = True) -> None:
-        self.crop = crop
+    def __init__(self, shards: list[list[int]], cut: bool = True) -> None:
+        self.cut = cut
         self.shards: list[Documents] = []
         self.loaded: list[int] = []
         first = 0
@@ -48,7 +48,7 @@ class FakeSource:
             offsets = np.cumsum([0, *lengths], dtype=np.int64)
             # Of conversations, the second half of each is trained on
             trained = np.concatenate([np.arange(n) >= n // 2 for n in lengths]).astype(np.uint8)
-            self.shards.append(Documents(ids, offsets, None if crop else trained))
+            self.shards.append(Documents(ids, offsets, None if cut else trained))
             first += sum(lengths)
         self.starts = {int(s.ids[at]) for s in self.shards for at in s.offsets[:-1]}
         self.num_tokens = first
@@ -74,7 +74,7 @@ def naive_rows(source: FakeSource, row_len: int, seed: int, epochs: int) -> list
             lengths = documents.lengths.tolist()
             rng = np.random.default_rng(seed_from(seed, "documents", epoch, int(shard)))
             order = rng.permutation(len(lengths)).tolist()
-            packed = naive_pack(lengths, order, row_len, source.crop)
+            packed = naive_pack(lengths, order, row_len, source.cut)
             for r in rng.permutation(len(packed)):
                 row: list[int] = []
                 for doc, first, length in packed[r]:
@@ -234,7 +234,7 @@ def test_an_error_of_a_later_shard_comes_when_it_is_its_turn() -> None:
 
 def test_padding_and_masked_tokens_carry_no_target() -> None:
     rng = random.Random(1)
-    source = FakeSource([[rng.randint(1, 16) for _ in range(50)]], crop=False)
+    source = FakeSource([[rng.randint(1, 16) for _ in range(50)]], cut=False)
     reader = RowReader(source, 16, seed=0, bos=PAD)
     tokens, targets = reader.read(0, reader.rows_per_epoch())
     documents = source.shards[0]
@@ -363,7 +363,7 @@ def test_a_gpu_gets_the_same_rows() -> None:
 @pytest.mark.parametrize("cut", [True, False])
 def test_boundaries_are_where_documents_begin(cut: bool) -> None:
     rng = random.Random(2)
-    source = FakeSource([[rng.randint(1, 40 if cut else 16) for _ in range(60)]], crop=cut)
+    source = FakeSource([[rng.randint(1, 40 if cut else 16) for _ in range(60)]], cut=cut)
     reader = RowReader(source, 16, seed=0, bos=PAD)
     padded = 0
     for row in range(reader.rows_per_epoch()):

@@ -215,6 +215,16 @@ def test_a_failure_while_tokenizing_leaves_nothing(tmp_path: Path) -> None:
     assert not cached()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, stream: bool) -> None:
+    path = jsonl(tmp_path / "a.jsonl", TEXTS)
+    source = TextSource([path], tiny_tokenizer(), stream=stream)
+    jsonl(path, TEXTS[1:])  # its shard comes up an hour later, perhaps in the background
+    with pytest.raises(UserError, match=r"a\.jsonl has changed"):
+        source.load(0)
+    assert not cached()
+
+
 def test_ids_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     at_once = load([path], tiny_tokenizer(), cache=tmp_path / "at_once")
@@ -262,7 +272,7 @@ def test_too_small_a_disk_is_said_before(
     in_use = cached()[0] / "ids.bin"
     source.check_disk([0, 1, 2])
     out = capsys.readouterr().out
-    assert "2 of the 3 shards" in out and str(source.cache) in out
+    assert "2 of this run's 3 shards" in out and str(source.cache) in out
     assert f"{in_use.stat().st_size / 1e6:.1f} MB" in out
     monkeypatch.setattr(text_source, "free_bytes", lambda folder: 5000)
     with pytest.raises(
