@@ -159,10 +159,12 @@ class TextSource:
 
     @cached_property
     def _tokens_per_byte(self) -> float:
-        """Measured on the first documents."""
-        texts = list(itertools.islice(iter_texts(list(self.files[:1])), 100))
-        ids, _ = self.tokenizer.encode_batch(texts, prepend=None)
-        return len(ids) / max(1, sum(len(text.encode("utf-8", "replace")) for text in texts))
+        """Measured on the first documents, as far as they can be read."""
+        texts: list[str] = []
+        with contextlib.suppress(UserError, OSError):
+            texts.extend(itertools.islice(iter_texts(list(self.files[:1])), 100))
+        size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        return len(self.tokenizer.encode_batch(texts, prepend=None)[0]) / size if size else 0.25
 
     def _missing(self, shards: Sequence[int]) -> list[int]:
         return [shard for shard in shards if num_tokens(self._folder(shard)) is None]
@@ -187,22 +189,25 @@ class TextSource:
                 "without a cache by --stream: the same rows, each shard tokenized in its turn"
             )
 
+    def _job(self, shards: Sequence[int]) -> dict[str, Any]:
+        """What another process must know to prepare these shards, ready for JSON."""
+        vocabulary = self.tokenizer.vocabulary
+        tokens = sorted(vocabulary.ranks, key=vocabulary.ranks.__getitem__)
+        return {
+            "tokens": [token.decode("latin-1") for token in tokens],
+            "pattern": vocabulary.pattern,
+            "specials": vocabulary.specials,
+            "normalization": vocabulary.normalization,
+            "shards": [[str(path.absolute()) for path in self.shards[k]] for k in shards],
+            "keep": self.keep,
+            "cache": str(self.cache.absolute()),
+        }
+
     def prepare_ahead(self, shards: Sequence[int]) -> None:
         """Has these shards prepared, in this order, by a background process (one for a node)."""
         missing = self._missing(shards)
         if self.stream or not missing or int(os.environ.get("LOCAL_RANK", "0")) != 0:
             return
-        vocabulary = self.tokenizer.vocabulary
-        tokens = sorted(vocabulary.ranks, key=vocabulary.ranks.__getitem__)
-        job = {
-            "tokens": [token.decode("latin-1") for token in tokens],
-            "pattern": vocabulary.pattern,
-            "specials": vocabulary.specials,
-            "normalization": vocabulary.normalization,
-            "shards": [[str(path.absolute()) for path in self.shards[k]] for k in missing],
-            "keep": self.keep,
-            "cache": str(self.cache.absolute()),
-        }
         self._background = subprocess.Popen(
             [sys.executable, "-m", "nanochat.text_source"],
             cwd=Path(__file__).resolve().parent.parent,
@@ -210,7 +215,9 @@ class TextSource:
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not for it: it ends when its standard input does
         )
-        in_thread(_send, self._background.stdin, job)  # it is a second until it listens
+        in_thread(
+            _send, self._background.stdin, self._job(missing)
+        )  # it is a second until it listens
 
 
 def _group(files: Sequence[Path]) -> list[list[Path]]:
@@ -255,23 +262,24 @@ def _size(size: float) -> str:
 # The background process
 
 
-def main() -> None:
-    """Prepares the shards that one line of JSON on standard input names; ends when that closes."""
-    job = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    if hasattr(os, "nice"):
-        os.nice(19)
+def prepare_shards(job: dict[str, Any]) -> None:
+    """Prepares the shards of a job (see prepare_ahead) that nobody else is preparing.
+
+    A shard that is wrong is named and left; UserError or OSError where the disk is full."""
     ranks = {token.encode("latin-1"): id for id, token in enumerate(job["tokens"])}
     vocabulary = Vocabulary(job["pattern"], ranks, job["specials"], job["normalization"])
     tokenizer = Tokenizer(vocabulary)
     for paths in job["shards"]:
+        source = TextSource([*map(Path, paths)], tokenizer, job["keep"], job["cache"])
+        source.check_disk([0])  # others use the disk too
         try:
-            source = TextSource([*map(Path, paths)], tokenizer, job["keep"], job["cache"])
-            source.check_disk([0])  # others use the disk too
             source.prepare(0, wait=False)
-        except (UserError, OSError) as e:
-            # Whoever comes to this shard will try again, and fail with this or do without a cache
-            print(f"\nwarning: preparing shards ahead: {e}", file=sys.stderr, flush=True)
+        except UserError as e:
+            _warn(e)  # whoever comes to this shard will fail with it
+
+
+def _warn(error: Exception) -> None:
+    print(f"\nwarning: preparing shards ahead: {error}", file=sys.stderr, flush=True)
 
 
 def _end_with_standard_input() -> None:
@@ -279,6 +287,18 @@ def _end_with_standard_input() -> None:
     _thread.interrupt_main()  # so that half a shard is removed
     time.sleep(5)  # seconds, far more than a batch takes
     os._exit(1)
+
+
+def main() -> None:
+    """Takes a job, one line of JSON, from standard input; ends at the latest when that closes."""
+    job = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    if hasattr(os, "nice"):
+        os.nice(19)
+    try:
+        prepare_shards(job)
+    except (UserError, OSError) as e:
+        _warn(e)
 
 
 if __name__ == "__main__":

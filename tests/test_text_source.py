@@ -28,7 +28,7 @@ from nanochat.common import UserError, get_base_dir
 from nanochat.dataloader import IGNORE, RowReader
 from nanochat.dataset import is_val_document
 from nanochat.packing import Documents
-from nanochat.text_source import TextSource
+from nanochat.text_source import TextSource, prepare_shards
 from tests.conftest import REPO
 from tests.tokenizers_for_tests import tiny_qwen, tiny_tokenizer
 
@@ -360,6 +360,27 @@ def test_shards_are_prepared_in_the_background(
         source.load(2)
     source.prepare_ahead([3])
     assert source._background.returncode == 0  # nothing to do: no other process
+
+
+def test_the_background_stops_before_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = TextSource(shards_of(tmp_path, monkeypatch, 4), tiny_tokenizer())
+    free = [10**9, 10**9, 100, 10**9]
+    monkeypatch.setattr(text_source, "free_bytes", lambda folder: free.pop(0))
+    with pytest.raises(UserError, match="--token_cache_dir"):
+        prepare_shards(json.loads(json.dumps(source._job([3, 1, 2, 0]))))
+    assert [source._missing([k]) for k in range(4)] == [[0], [], [2], []]
+
+
+def test_every_vocabulary_reaches_the_background_whole(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [*TEXTS, "ı̈ ü 東京 \ud800 <|bos|>"])
+    for tokenizer in (tiny_tokenizer(), tiny_qwen()):
+        source = TextSource([path], tokenizer)
+        prepare_shards(json.loads(json.dumps(source._job([0]))))
+        assert source._missing([0]) == []  # under the same fingerprint
+        at_hand = TextSource([path], tokenizer, stream=True).load(0)
+        assert np.array_equal(source.load(0).ids, at_hand.ids)
 
 
 PARENT = """
