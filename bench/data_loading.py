@@ -66,14 +66,18 @@ class Args:
     """Of a run itself: a folder with a tokenizer and a text.parquet to tokenize."""
 
 
-def timed(work: Callable[[], Any], repeats: int) -> float:
-    """Median seconds."""
-    seconds = []
+def timed(work: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Median seconds, and how much of them the CPU worked: the rest other programs took."""
+    seconds, cpu = [], []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started, cpu_before = time.perf_counter(), time.process_time()
         work()
         seconds.append(time.perf_counter() - started)
-    return round(statistics.median(seconds), 3)
+        cpu.append(time.process_time() - cpu_before)
+    return {
+        "seconds": round(statistics.median(seconds), 3),
+        "cpu_seconds": round(statistics.median(cpu), 3),
+    }
 
 
 def synthetic(args: Args, folder: Path, tokenizer: Tokenizer) -> TextSource:
@@ -123,7 +127,7 @@ def throughput(source: TextSource, seq_len: int, seconds: float) -> dict[str, fl
     }
 
 
-def starts(source: TextSource, args: Args) -> dict[str, float]:
+def starts(source: TextSource, args: Args) -> dict[str, Any]:
     """Seconds from nothing to the batches of a step."""
 
     def run(step: int, state: dict[str, int] | None) -> None:
@@ -160,11 +164,11 @@ def starts(source: TextSource, args: Args) -> dict[str, float]:
     }
 
 
-def parts(source: TextSource) -> dict[str, float]:
+def parts(source: TextSource) -> dict[str, Any]:
     """What opening a shard consists of."""
     documents = source.load(0)
     order = np.random.default_rng(0).permutation(len(documents.lengths))
-    found: dict[str, float] = {
+    found: dict[str, Any] = {
         "tokens": len(documents.ids),
         "documents": len(order),
         "open, with checksums": timed(lambda: open_folder(source._folder(0)), 3),
@@ -242,7 +246,7 @@ def main(args: Args) -> None:
         seconds = time.perf_counter() - started
         result["synthetic"] = {
             "a shard": parts(source),
-            "seconds": starts(source, args),
+            "starts": starts(source, args),
             "throughput": {
                 f"rows of {n}": throughput(source, n, args.seconds) for n in (256, 2048)
             },
