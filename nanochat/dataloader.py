@@ -213,17 +213,23 @@ class RowReader:
         """Rows of the first epoch. Prepares every shard."""
         return sum(len(self._shard(k).plan) for k in range(self.source.num_shards()))
 
-    def read(self, start: int, count: int, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Rows start, start + stride, ...: (tokens, targets), each (count, T) int64.
+    def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows start .. start + count: see read_rows."""
+        return self.read_rows(np.arange(start, start + count))
+
+    def read_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of ascending number: (tokens, targets), each (n, T) int64.
 
         Targets are the tokens one further on, -1 where nothing is learned."""
         parts = []
-        while count > 0:
-            shard, local = self._find(start)
-            here = shard.row_order[local::stride][:count]
-            parts.append(show_rows(shard.documents, shard.plan, here, self.row_len, self.bos))
-            start, count = start + stride * len(here), count - len(here)
-        tokens = np.concatenate([part[0] for part in parts])  # (count, T + 1)
+        while len(rows):
+            shard, local = self._find(int(rows[0]))
+            local_rows = rows - rows[0] + local
+            here = int(np.searchsorted(local_rows, len(shard.plan)))
+            chosen = shard.row_order[local_rows[:here]]
+            parts.append(show_rows(shard.documents, shard.plan, chosen, self.row_len, self.bos))
+            rows = rows[here:]
+        tokens = np.concatenate([part[0] for part in parts])  # (n, T + 1)
         targets = tokens[:, 1:]
         if not self.source.cut:
             trained = np.concatenate([part[1] for part in parts])
@@ -314,7 +320,7 @@ class StepLoader:
         buffer_class: type[HostBuffer] | None = None,
     ) -> None:
         self.reader, self.rows_per_step = reader, rows_per_step
-        self.device_batch_size, self.rank, self.world_size = device_batch_size, rank, world_size
+        self.rank, self.world_size = rank, world_size
         self._next: tuple[int, Future[Any]] | None = None
         self._bookmarks: dict[int, Bookmark] = {}  # where the reader stood before a step's rows
         num_micro = rows_per_step // (device_batch_size * world_size)
@@ -336,11 +342,11 @@ class StepLoader:
         earlier = {s: mark for s, mark in self._bookmarks.items() if s >= step - 2}
         self._bookmarks = {**earlier, step: self.reader.bookmark}
         buffer.rows = buffer.memory()
-        idx, targets = buffer.rows.numpy()
-        B = self.device_batch_size
-        for m in range(len(idx)):
-            first = step * self.rows_per_step + (m * self.world_size + self.rank) * B
-            idx[m], targets[m] = self.reader.read(first, B)
+        _, M, B, _ = buffer.shape
+        all_ranks = step * self.rows_per_step + np.arange(self.rows_per_step)
+        rows = all_ranks.reshape(M, self.world_size, B)[:, self.rank].reshape(-1)
+        for kind, values in zip(buffer.rows, self.reader.read_rows(rows)):
+            kind.view(M * B, -1).numpy()[:] = values
 
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's share of optimizer step `step`."""
@@ -367,8 +373,7 @@ def eval_batches(
     num_rows = min(max(1, num_tokens // (reader.row_len - 1)), reader.rows_per_epoch())
     if num_rows == 0:
         raise UserError(f"validation: {TOO_LITTLE.format(reader.row_len)} by --val_data")
-    mine = range(rank, num_rows, world_size)
+    mine = np.arange(rank, num_rows, world_size)
     for at in range(0, len(mine), batch_size):
-        rows = mine[at : at + batch_size]
-        x, y = map(np.ascontiguousarray, reader.read(rows[0], len(rows), world_size))
+        x, y = map(np.ascontiguousarray, reader.read_rows(mine[at : at + batch_size]))
         yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
