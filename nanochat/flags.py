@@ -122,6 +122,16 @@ class ScheduleFlags:
 
 
 @dataclass
+class CacheFlags:
+    """Where tokenized text is kept."""
+
+    token_cache_dir: str | None = None
+    """Folder of tokenized shards; default: $NANOCHAT_BASE_DIR/token_cache."""
+    stream: bool = False
+    """Keep no token cache: tokenize each shard into memory in its turn. The same rows."""
+
+
+@dataclass
 class FinetuneFlags(TrainFlags):
     """What the stages that start from a checkpoint have in common."""
 

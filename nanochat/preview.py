@@ -85,17 +85,20 @@ def print_rows(reader: RowReader, tokenizer: Any, num_rows: int = NUM_ROWS) -> N
 def text_account(documents: Documents, plan: Plan, row_len: int) -> str:
     """What became of the documents of a shard: kept whole, cut, or in no row, and why."""
     lengths = documents.lengths
-    docs, shown = plan.pieces[:, 0], plan.pieces[:, -1]  # (pieces,): whose it is, its tokens
+    docs, shown = plan.pieces[:, 0], plan.pieces[:, 2]  # (pieces,): whose it is, its tokens
     num_pieces = np.bincount(docs, minlength=len(lengths))
     whole = (num_pieces == 1) & (np.bincount(docs, shown, minlength=len(lengths)) == lengths)
     dropped = num_pieces == 0
     cut = len(lengths) - whole.sum() - dropped.sum()
+    packed = plan.summary(row_len)
     return (
         f"{len(lengths):,} documents of {lengths.sum():,} tokens fill {len(plan):,} rows:\n"
         f"  kept     {whole.sum():>9,}  whole, in one row\n"
-        f"  cropped  {cut:>9,}  where a row of {row_len:,} tokens (--max_seq_len) is full\n"
+        f"  cropped  {cut:>9,}  where a row of {row_len:,} tokens (--max_seq_len) is full; "
+        "what is left goes on in another row\n"
         f"  dropped  {dropped.sum():>9,}  the last row that they began could not be filled\n"
-        f"  tokens in no row: {plan.cropped:,} ({plan.cropped / max(1, lengths.sum()):.1%})"
+        f"  tokens: {packed['cropped']:.2%} in no row, {packed['continued']:.1%} in a row that "
+        "does not show their document's beginning"
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from nanochat import distributed, flags
 from nanochat.common import get_base_dir, print0
-from nanochat.dataloader import RowReader, StepLoader, TextSource, eval_batches
+from nanochat.dataloader import RowReader, StepLoader, eval_batches
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
@@ -26,6 +26,7 @@ from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
 from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum, num_iterations
+from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import Trainer, autocast, load_base
 
@@ -39,7 +40,7 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass
-class Args(flags.ScheduleFlags, flags.TrainFlags):
+class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     """Pretrain a base model."""
 
     arch: str = "gpt"
@@ -87,9 +88,11 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     bos = tokenizer.get_bos_token_id()
     files = split_files(args.data, args.val_data)
     row_len = args.max_seq_len + 1  # a row's targets are its tokens one further on
-    source = TextSource(files.train, tokenizer, files.keep_train)
-    val_source = TextSource([files.val], tokenizer, files.keep_val)
+    cache = (args.token_cache_dir, args.stream)
+    source = TextSource(files.train, tokenizer, files.keep_train, *cache)
+    val_source = TextSource([files.val], tokenizer, files.keep_val, *cache)
     reader = RowReader(source, row_len, args.seed, bos)
+    val_reader = RowReader(val_source, row_len, 0, bos)
     if args.preview:
         return preview_text(files, reader, tokenizer)
 
@@ -118,9 +121,11 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         num_scaling_params=sum(p.numel() for p in model.parameters()),
         total_batch_size=args.total_batch_size,
     )
+    rows_per_step = args.total_batch_size // args.max_seq_len
+    reader.expect(num_steps * rows_per_step)
     loader = StepLoader(
         reader,
-        args.total_batch_size // args.max_seq_len,
+        rows_per_step,
         args.device_batch_size,
         info.rank,
         info.world_size,
@@ -145,7 +150,6 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     # Step by step
     for step in trainer.steps():
         if is_due(step, args.eval_every, num_steps, at_start=True):
-            val_reader = RowReader(val_source, row_len, 0, bos)
             batches = eval_batches(
                 val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
                 info.device,
@@ -171,7 +175,10 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         lr_mul = lr_multiplier(
             step, num_steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac
         )
-        trainer.step(loader.step(step), lr_mul, muon_momentum(step))
+        batches_of_step = loader.step(step)
+        for shard in reader.opened():
+            trainer.log("shard", **shard)
+        trainer.step(batches_of_step, lr_mul, muon_momentum(step))
 
 
 if __name__ == "__main__":

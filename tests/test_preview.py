@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from nanochat import preview
-from nanochat.dataloader import RowReader, TextSource
+from nanochat.dataloader import RowReader
 from nanochat.dataset import TextFiles
 from nanochat.packing import Documents, pack
 from nanochat.preview import LONGEST, mark, preview_corpus, preview_text, shorten, text_account
+from nanochat.text_source import TextSource
 from tests.tokenizers_for_tests import tiny_tokenizer
 
 CONVERSATION = {
@@ -78,7 +79,7 @@ def test_every_document_is_in_the_account() -> None:
     counted = [int(line.split()[1]) for line in text.splitlines()[1:4]]
     assert sum(counted) == 7 and counted[0] >= 3 and counted[1] >= 1
     assert text.startswith(f"7 documents of 64 tokens fill {len(plan)} rows:")
-    assert f"tokens in no row: {plan.cropped} " in text
+    assert f"tokens: {plan.summary(10)['cropped']:.2%} in no row" in text
 
 
 def text_files(folder: Path) -> TextFiles:
