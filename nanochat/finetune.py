@@ -16,9 +16,10 @@ from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
-from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum
+from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum
+from nanochat.start import Start, start_from
 from nanochat.tasks.mixture import build_mixture
-from nanochat.train import Start, Trainer, autocast, preview, start_from
+from nanochat.train import Trainer, autocast, preview
 
 
 @dataclass
@@ -71,7 +72,8 @@ def finetune(args: ConversationFlags, stage: str) -> None:
 def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.DistInfo) -> None:
     tokenizer, model = start.tokenizer, start.model
     bos = tokenizer.get_bos_token_id()
-    seq_len, args.total_batch_size = resolve(args, start)
+    args.max_seq_len, args.total_batch_size = resolve(args, start)
+    seq_len = args.max_seq_len
     grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
 
     # What there is to learn from
@@ -113,23 +115,25 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         meta={
             "tokenizer": start.meta["tokenizer"],
             "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"train": source.fingerprint, "started from": str(start.folder.name)},
+            "data": {"train": source.fingerprint},
+            "started_from": start.name,
             "mixture": spec,
         },
         loader=loader,
     )
     for step in trainer.steps():
-        if val_source is not None and is_due(step, args.eval_every, num_steps, at_start=True):
+        if val_source is not None and trainer.is_due(args.eval_every, at_start=True):
             val_reader = RowReader(val_source, seq_len + 1, 0, bos)
             batches = eval_batches(
                 val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
                 info.device,
             )  # fmt: skip
+            batches = trainer.until_stopping(batches)
             with autocast(info.device):
                 trainer.record(val_loss=evaluate_loss(model, batches))
-        if step == num_steps and info.rank == 0:
+        if trainer.is_due(-1) and info.rank == 0:
             sample_replies(trainer, tokenizer, args.sample_prompts)
-        if is_due(step, args.save_every, num_steps):
+        if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
             continue  # nothing more to train on; the Trainer ends the run
