@@ -88,7 +88,7 @@ STAGES = (
         "base",
         "base_train",
         (
-            *COMMON, "--depth=2", "--max_seq_len=64", "--total_batch_size=256",
+            *COMMON, "--depth=1", "--max_seq_len=64", "--total_batch_size=256",
             "--num_iterations=8", "--eval_every=3", "--eval_tokens=512", "--core_metric_every=-1",
             "--sample_prompts=The", "--data=little.txt", "--val_data=validation.txt",
         ),
@@ -124,7 +124,7 @@ def make_world(folder: Path) -> None:
     write_primer(folder, seed=1, scale=0.01)
     texts = list(iter_texts(train_files()))
     Tokenizer.train(texts, 500).save(folder / "tokenizer")
-    for name, part in (("little.txt", texts[:30]), ("validation.txt", texts[30:60])):
+    for name, part in (("little.txt", texts[:200]), ("validation.txt", texts[200:260])):
         (folder / name).write_text("\n\n".join(part), encoding="utf-8")
     rows = [{"question": f"What is {k} + {k}?", "answer": f"#### {2 * k}"} for k in range(5)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -137,13 +137,14 @@ def make_world(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Death:
-    """When a run is killed: `delay` seconds after its start, or around a call of a function."""
+    """When a run gets a signal: `delay` seconds after its start, or around a call of a function."""
 
     place: str = "any moment"
     target: str = ""  # module:attribute
     call: int = 0  # which call of it
     when: str = "during"  # before, during, after
     delay: float = 0.0  # after the start; for "during", after the call began
+    signum: int = signal.SIGKILL
 
 
 def draw_death(rng: random.Random, stage: Stage, seconds: float) -> Death:
@@ -154,10 +155,6 @@ def draw_death(rng: random.Random, stage: Stage, seconds: float) -> Death:
     when = rng.choice(["before", "during", "after"])
     # Few enough calls that most deaths come true: a resumed run has only the rest before it.
     return Death(place, stage.places[place], rng.randrange(4), when, rng.uniform(0, 0.03))
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _lookup(target: str) -> tuple[Any, str]:
@@ -171,7 +168,11 @@ def _lookup(target: str) -> tuple[Any, str]:
 
 
 def _arm(death: Death) -> None:
-    """Puts a deadly wrapper around the function where this process is to die."""
+    """Puts a wrapper around the function where this process is to get its signal."""
+
+    def strike() -> None:
+        os.kill(os.getpid(), death.signum)
+
     owner, name = _lookup(death.target)
     real: Callable[..., Any] = getattr(owner, name)
     calls = itertools.count()
@@ -179,14 +180,14 @@ def _arm(death: Death) -> None:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         now = next(calls) == death.call
         if now and death.when == "before":
-            _die()
+            strike()
         if now and death.when == "during":
-            timer = threading.Timer(death.delay, _die)
+            timer = threading.Timer(death.delay, strike)
             timer.daemon = True
             timer.start()
         result = real(*args, **kwargs)
         if now and death.when == "after":
-            _die()
+            strike()
         return result
 
     setattr(owner, name, wrapped)
