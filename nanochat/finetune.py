@@ -123,14 +123,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     )
     for step in trainer.steps():
         if val_source is not None and trainer.is_due(args.eval_every, at_start=True):
-            val_reader = RowReader(val_source, seq_len + 1, 0, bos)
-            batches = eval_batches(
-                val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
-                info.device,
-            )  # fmt: skip
-            batches = trainer.until_stopping(batches)
-            with autocast(info.device):
-                trainer.record(val_loss=evaluate_loss(model, batches))
+            trainer.record(val_loss=validation_loss(args, trainer, val_source, bos))
         if trainer.is_due(-1) and info.rank == 0:
             sample_replies(trainer, tokenizer, args.sample_prompts)
         if trainer.is_due(args.save_every):
@@ -141,6 +134,19 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             step, num_steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac
         )
         trainer.step(loader.step(step), lr_mul, muon_momentum(step))
+
+
+def validation_loss(
+    args: ConversationFlags, trainer: Trainer, source: ConversationSource, bos: int
+) -> float:
+    """Mean loss over the same rows every time, shared out over the ranks."""
+    info = trainer.info
+    batches = eval_batches(
+        RowReader(source, args.max_seq_len + 1, 0, bos), args.eval_tokens, args.device_batch_size,
+        info.rank, info.world_size, info.device,
+    )  # fmt: skip
+    with autocast(info.device):
+        return evaluate_loss(trainer.model, trainer.until_stopping(batches))
 
 
 def sample_replies(trainer: Trainer, tokenizer: object, prompts: str) -> None:

@@ -38,8 +38,9 @@ def base(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
-# By stage: what befalls one run, one after the other; and the steps that are saved after each.
-FATES: dict[str, list[tuple[str, int, str, int, list[int]]]] = {
+# By stage: what befalls one run, one after the other; and the steps that are saved after each (None
+# where the thread that saves may or may not have come that far).
+FATES: dict[str, list[tuple[str, int, str, int, list[int] | None]]] = {
     "base": [
         ("rename of a save", 0, "before", KILL, []),  # written and sealed, but without its name
         ("step", 2, "before", TERM, [2, 3]),  # is finished and saved
@@ -47,15 +48,15 @@ FATES: dict[str, list[tuple[str, int, str, int, list[int]]]] = {
         ("writing of weights", 1, "after", KILL, [2, 3]),  # in the save of step 4
     ],
     "mid": [
-        ("evaluation", 1, "during", KILL, [2]),
-        ("manifest", 0, "before", INT, []),  # in the thread that saves; which steps is a race
-        ("removal of an old save", 0, "before", KILL, []),
+        ("evaluation", 1, "during", KILL, None),
+        ("manifest", 0, "before", INT, None),
+        ("removal of an old save", 0, "before", KILL, None),
     ],
     "sft": [
         ("evaluation", 0, "before", INT, [0]),
         ("step", 1, "after", KILL, [0]),
         ("resuming", 0, "after", KILL, [0]),
-        ("log", 3, "after", TERM, []),
+        ("log", 3, "after", TERM, [0, 2]),
     ],
     "rl": [
         ("rollouts", 0, "during", KILL, []),
@@ -81,7 +82,7 @@ def test_a_run_that_is_stopped_over_and_over_is_the_run_it_would_have_been(
         else:
             assert status == 0 and "stopped by a signal at step" in said
             assert "continue with --resume" in said
-        if steps:
+        if steps is not None:
             assert list_steps(stage.name, "stopped") == steps, (place, said)
     assert processes.run(*run, "--model_tag=stopped", "--resume") == 0
     assert differences(stage.name, "stopped", "whole") == []

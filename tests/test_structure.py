@@ -30,12 +30,13 @@ FLOORS = {
     **dict.fromkeys(
         ["conversation", "download", "execution", "execution_child", "flags", "machine"], 0.5
     ),
-    **dict.fromkeys(["schedule", "vocabulary"], 0.5),
+    **dict.fromkeys(["manifest", "schedule", "vocabulary"], 0.5),
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
     "tokenizer": 1.5,
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks"], 2),
     "primer": 2.5,
     **dict.fromkeys(["checkpoint", "engine", "hf"], 3),
+    "start": 3.5,
     **dict.fromkeys(["evals", "report", "serve", "train"], 4),
     **dict.fromkeys(["finetune", "rollout"], 4.5),
 }

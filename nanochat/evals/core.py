@@ -329,6 +329,8 @@ def evaluate_core(
         outcome["n"][task.label] = len(rows)
         outcome["stderr"][task.label] = stderr
         variance += (stderr / (1 - chance)) ** 2
+        if stopped():
+            continue  # what is said would be wrong
         say(
             f"{number:>2}/{len(tasks)} {task.label:<32} accuracy {accuracy:.4f}  "
             f"centred {centered:+.4f}  n {len(rows):>5}  {time.monotonic() - started:.0f}s"
