@@ -263,7 +263,8 @@ def differences(stage: str, tag: str, other: str) -> list[str]:
         [row for _, row in read_jsonl(get_base_dir() / "report" / f"train_{stage}_{t}.jsonl")]
         for t in (tag, other)
     ]
-    rows = [[_lasting(row) for row in log if row["event"] != "start"] for log in logs]
+    # "start" and "shard" rows say what a process did, not what the run is.
+    rows = [[_lasting(r) for r in log if r["event"] not in ("start", "shard")] for log in logs]
     for one_row, other_row in itertools.zip_longest(*rows):
         if one_row != other_row:
             found.append(f"the log says {one_row}, not {other_row}")

@@ -40,24 +40,12 @@ from nanochat.common import UserError, append_jsonl, get_base_dir, print0, warn0
 from nanochat.dataloader import IGNORE, MicroBatch, RowReader, StepLoader
 from nanochat.distributed import DistInfo, all_reduce_sum, sum_over_ranks
 from nanochat.flags import TrainFlags
-from nanochat.machine import machine_info, versions
+from nanochat.machine import machine_info, peak_flops, versions
 from nanochat.models import config_to_dict
 from nanochat.optim import MuonAdamW
 from nanochat.start import find_resumable, identity, refuse_changes
 
 T = TypeVar("T")
-
-# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
 @dataclass
@@ -339,8 +327,7 @@ class Trainer:
         """Share of the GPUs' peak that the model's FLOPs use; None where the peak is unknown."""
         if self.info.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.info.device)
-        peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+        peak = peak_flops(torch.cuda.get_device_name(self.info.device))
         if peak is None:
             return None
         return self.model.flops_per_token() * tokens_per_second / (peak * self.info.world_size)
@@ -379,7 +366,13 @@ class Trainer:
         if self.info.rank != 0:
             return
         row = {"event": event, "stage": self.stage, "step": self.state.step, **values}
-        append_jsonl(self.log_path, {**row, "time": time.time()})
+        try:
+            append_jsonl(self.log_path, {**row, "time": time.time()})
+        except OSError as e:  # often the first to notice that the disk is full
+            raise UserError(
+                f"{self.log_path} cannot be written: {e}. Mend that and continue with --resume; "
+                "checkpoints are untouched"
+            ) from e
         if self.wandb is not None and event not in ("start", "end"):
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             self.wandb.log({f"{event}/{k}": v for k, v in numbers.items()} | {"step": row["step"]})

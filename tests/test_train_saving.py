@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat import checkpoint
+from nanochat import checkpoint, train
 from nanochat.checkpoint import list_steps, read_meta, step_dir
-from nanochat.common import UserError
+from nanochat.common import UserError, append_jsonl
 from nanochat.dataloader import MicroBatch
 from nanochat.distributed import DistInfo
 from nanochat.flags import TrainFlags
@@ -214,6 +214,25 @@ def test_after_another_error_a_failed_save_is_at_least_mentioned(
     with pytest.raises(ZeroDivisionError):
         fails()
     assert "No space left" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, own_base_dir: Path
+) -> None:
+    def fails(path: Path, row: dict[str, Any]) -> None:
+        if row["event"] == "step" and row["step"] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        append_jsonl(path, row)
+
+    run(make_trainer(run="dummy"))
+    whole = tensors(NUM_STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "append_jsonl", fails)
+        with pytest.raises(UserError, match=r"train_base_t\.jsonl.* No space left .* --resume"):
+            run(make_trainer())
+    assert list_steps("base", "t") == [1, 2]
+    run(make_trainer(resume=True))
+    assert same(tensors(NUM_STEPS), whole)
 
 
 # ---- signals
