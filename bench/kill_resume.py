@@ -90,7 +90,7 @@ STAGES = (
         (
             *COMMON, "--depth=1", "--max_seq_len=64", "--total_batch_size=256",
             "--num_iterations=8", "--eval_every=3", "--eval_tokens=512", "--core_metric_every=-1",
-            "--sample_prompts=The", "--data=little.txt", "--val_data=validation.txt",
+            "--sample_prompts=The", "--data=little.jsonl", "--val_data=validation.jsonl",
         ),
         SAVE_PLACES | {"evaluation": "scripts.base_train:evaluate_bpb"},
     ),
@@ -124,11 +124,16 @@ def make_world(folder: Path) -> None:
     write_primer(folder, seed=1, scale=0.01)
     texts = list(iter_texts(train_files()))
     Tokenizer.train(texts, 500).save(folder / "tokenizer")
-    for name, part in (("little.txt", texts[:200]), ("validation.txt", texts[200:260])):
-        (folder / name).write_text("\n\n".join(part), encoding="utf-8")
-    rows = [{"question": f"What is {k} + {k}?", "answer": f"#### {2 * k}"} for k in range(5)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "problems.jsonl").write_text(lines, encoding="utf-8")
+    files = {
+        "little.jsonl": [{"text": text} for text in texts[:16]],
+        "validation.jsonl": [{"text": text} for text in texts[16:40]],
+        "problems.jsonl": [
+            {"question": f"What is {k} + {k}?", "answer": f"#### {2 * k}"} for k in range(5)
+        ],
+    }
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name).write_text(lines, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------

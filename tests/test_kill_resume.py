@@ -16,6 +16,7 @@ import pytest
 
 from bench.kill_resume import STAGES, Death, Processes, Stage, differences, prepare, torment
 from nanochat.checkpoint import list_steps, stage_dir
+from nanochat.common import read_jsonl
 from nanochat.tokenizer import get_tokenizer
 
 
@@ -106,6 +107,6 @@ def test_random_kills(processes: Processes) -> None:
 
 def test_the_runs_cross_the_border_of_an_epoch(base: Path) -> None:
     """8 steps of 4 rows of 65 tokens see all of the text, and then some of it again."""
-    text = (base / "little.txt").read_text(encoding="utf-8")
-    num_tokens = len(get_tokenizer().encode(text))
+    texts = [row["text"] for _, row in read_jsonl(base / "little.jsonl")]
+    num_tokens = sum(map(len, get_tokenizer().encode(texts, prepend="<|bos|>")))
     assert 4 * 65 < num_tokens < 28 * 65
