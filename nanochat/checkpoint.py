@@ -213,15 +213,17 @@ def tidy(folder: Path) -> None:
 
 
 def set_aside(source: str, tag: str, after: int = -1) -> None:
-    """Moves a tag's checkpoints later than step `after` to .old/<tag>, in place of what was moved
-    there before. Rank 0 only."""
+    """Moves a tag's checkpoints later than step `after` to .old/<tag>; without it all of them, in
+    place of what was moved there before. Rank 0 only."""
     later = [s for s in list_steps(source, tag) if s > after]
     if not later:
         return
     old = stage_dir(source) / ".old" / tag
-    shutil.rmtree(old, ignore_errors=True)
-    old.mkdir(parents=True)
+    if after < 0:
+        shutil.rmtree(old, ignore_errors=True)
+    old.mkdir(parents=True, exist_ok=True)
     for step in later:
+        shutil.rmtree(old / step_name(step), ignore_errors=True)
         step_dir(source, tag, step).rename(old / step_name(step))
     print0(f"the earlier checkpoints of {tag}, steps {later}, are in {old} now")
 
@@ -230,8 +232,8 @@ def set_aside(source: str, tag: str, after: int = -1) -> None:
 # Reading
 
 
-def newest_whole(source: str, tag: str) -> int | None:
-    """The last step whose checkpoint is undamaged; None if the tag has no checkpoint at all."""
+def newest_whole(source: str, tag: str) -> int:
+    """The last step whose checkpoint is undamaged; -1 if the tag has no checkpoint at all."""
     steps = list_steps(source, tag)
     for step in reversed(steps):
         problem = find_damage(step_dir(source, tag, step), FILES)
@@ -243,7 +245,7 @@ def newest_whole(source: str, tag: str) -> int | None:
             f"none of the checkpoints in {stage_dir(source) / tag} is whole (steps {steps}); "
             "remove them, or leave --resume away to start again"
         )
-    return None
+    return -1
 
 
 def check_manifest(folder: Path) -> None:

@@ -117,13 +117,12 @@ def find_resumable(
     wanted = args.resume_from_step
     if not args.resume and wanted < 0:
         return None
-    step: int | None = 0
+    found = 0
     if info.rank == 0:  # the others would read the same gigabytes
         tidy(stage_dir(stage) / tag)
-        step = newest_whole(stage, tag) if wanted < 0 else wanted
+        found = wanted if wanted >= 0 else newest_whole(stage, tag)
         if wanted >= 0:
             check_manifest(find_checkpoint(stage, tag, wanted))
-    found = -1 if step is None else step
     found = int(sum_over_ranks(found, device=info.device)[0])
     if found < 0:
         print0(f"--resume: {stage_dir(stage) / tag} holds no checkpoint yet; starting afresh")

@@ -319,6 +319,9 @@ def test_a_new_run_moves_the_old_one_aside_and_a_resumed_one_what_came_after() -
     old = stage_dir("base") / ".old" / "d4"
     assert list_steps("base", "d4") == [10]
     assert sorted(p.name for p in old.iterdir()) == ["step_000020", "step_000030"]
+    save(step=20)
+    set_aside("base", "d4", after=10)  # the other one stays: nothing else holds it
+    assert sorted(p.name for p in old.iterdir()) == ["step_000020", "step_000030"]
     set_aside("base", "d4")
     assert list_steps("base", "d4") == []
     assert [p.name for p in old.iterdir()] == ["step_000010"]
@@ -333,7 +336,7 @@ def test_a_new_run_moves_the_old_one_aside_and_a_resumed_one_what_came_after() -
 def test_the_newest_whole_one_is_found_and_damaged_ones_are_passed_over(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert newest_whole("base", "d4") is None
+    assert newest_whole("base", "d4") == -1
     for step in (10, 20, 30):
         save(step=step)
     assert newest_whole("base", "d4") == 30
