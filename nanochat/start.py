@@ -100,7 +100,7 @@ def identity(args: TrainFlags, model: Any, num_steps: int, meta: dict[str, Any])
         "architecture and shape": config_to_dict(model.config),
         "--num_iterations": num_steps,
         "--tokenizer": meta["tokenizer_fingerprint"],
-        "--source": meta.get("started_from"),
+        "starting checkpoint": meta.get("started_from"),
         **{f"{role} data": fingerprint for role, fingerprint in meta["data"].items()},
     }
     return json.loads(json.dumps(result))  # as it will come back from the checkpoint
