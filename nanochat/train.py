@@ -92,7 +92,6 @@ class Trainer:
         self.log_path = get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
         self.wandb: Any = None
         self._wandb_id: str | None = None
-        self._resumed = False
         self._events_done = False  # those of the present step, before the checkpoint we resumed
         self._saved: tuple[int, bool] | None = None  # step and events done of the newest checkpoint
         # A new run of an old tag moves the old one aside at its first save, a resumed run what
@@ -185,7 +184,7 @@ class Trainer:
         self.metrics, self._events_done = meta["metrics"], meta["events_done"]
         self._saved = (self.state.step, self._events_done)
         self._aside_after = self.state.step
-        self._resumed, self._wandb_id = True, meta["wandb_id"]
+        self._wandb_id = meta["wandb_id"]
         place = ""
         if self.loader is not None:
             self.loader.load_state(meta["loader"])
@@ -353,7 +352,7 @@ class Trainer:
             f"{self.stage}: {self.tag}, {num_params:,} parameters, {self.num_steps} steps, "
             f"{self.info.world_size} rank(s) on {self.info.device.type}"
         )
-        if self.info.rank == 0 and not self._resumed:
+        if self.info.rank == 0 and self._saved is None:
             self.log_path.unlink(missing_ok=True)  # a new run of this tag
         self.log(
             "start", args=asdict(self.args), model=config_to_dict(self.model.config),
