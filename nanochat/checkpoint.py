@@ -164,12 +164,16 @@ def write_checkpoint(
         shutil.rmtree(tmp, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
         raise UserError(
-            f"the checkpoint {folder} could not be written: {e}. It needs {need / 1e9:.2f} GB and "
-            f"{free / 1e9:.2f} GB are free; free some space or lower --keep_last. Earlier "
+            f"the checkpoint {folder} could not be written: {e}. It needs {_size(need)} and "
+            f"{_size(free)} are free; free some space or lower --keep_last. Earlier "
             "checkpoints are untouched"
         ) from e
     _publish(tmp, folder)
     prune(folder, keep_last)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def prune(folder: Path, keep_last: int) -> None:

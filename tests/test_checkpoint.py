@@ -263,7 +263,7 @@ def test_a_full_disk_is_found_before_anything_is_written(monkeypatch: pytest.Mon
         patch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
         patch.setattr(checkpoint, "save_file", killed)
         with pytest.raises(
-            UserError, match=r"step_000012 .* needs 0\.0\d GB and 0\.00 GB are free.*Earlier"
+            UserError, match=r"step_000012 .* needs 0\.\d\d MB and 0\.01 MB are free.*Earlier"
         ):
             save(step=12, keep_last=1)
     assert [p.name for p in stage_dir("base").glob("d4/*")] == ["step_000003"]
