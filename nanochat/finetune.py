@@ -17,10 +17,11 @@ from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_conversations
-from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum
+from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum
+from nanochat.start import Start, start_from
 from nanochat.tasks.custom import load_own
 from nanochat.tasks.mixture import TaskMixture, build_mixture
-from nanochat.train import Start, Trainer, autocast, start_from
+from nanochat.train import Trainer, autocast
 
 
 @dataclass
@@ -97,7 +98,8 @@ def load_mixtures(args: ConversationFlags) -> tuple[TaskMixture, TaskMixture | N
 def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.DistInfo) -> None:
     tokenizer, model = start.tokenizer, start.model
     bos = tokenizer.get_bos_token_id()
-    seq_len, args.total_batch_size = resolve(args, start)
+    args.max_seq_len, args.total_batch_size = resolve(args, start)
+    seq_len = args.max_seq_len
     if not args.preview:
         grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
 
@@ -134,24 +136,19 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         meta={
             "tokenizer": start.meta["tokenizer"],
             "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"train": source.fingerprint, "started from": str(start.folder.name)},
+            "data": {"train": source.fingerprint},
+            "started_from": start.name,
             "mixture": " | ".join(filter(None, [args.mixture, args.data])),
             "validation": validation,
         },
         loader=loader,
     )
     for step in trainer.steps():
-        if val_source is not None and is_due(step, args.eval_every, num_steps, at_start=True):
-            val_reader = RowReader(val_source, seq_len + 1, 0, bos)
-            batches = eval_batches(
-                val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
-                info.device,
-            )  # fmt: skip
-            with autocast(info.device):
-                trainer.record(val_loss=evaluate_loss(model, batches))
-        if step == num_steps and info.rank == 0:
+        if val_source is not None and trainer.is_due(args.eval_every, at_start=True):
+            trainer.record(val_loss=validation_loss(args, trainer, val_source, bos))
+        if trainer.is_due(-1) and info.rank == 0:
             sample_replies(trainer, tokenizer, args.sample_prompts)
-        if is_due(step, args.save_every, num_steps):
+        if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
             continue  # nothing more to train on; the Trainer ends the run
@@ -159,6 +156,19 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             step, num_steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac
         )
         trainer.step(loader.step(step), lr_mul, muon_momentum(step))
+
+
+def validation_loss(
+    args: ConversationFlags, trainer: Trainer, source: ConversationSource, bos: int
+) -> float:
+    """Mean loss over the same rows every time, shared out over the ranks."""
+    info = trainer.info
+    batches = eval_batches(
+        RowReader(source, args.max_seq_len + 1, 0, bos), args.eval_tokens, args.device_batch_size,
+        info.rank, info.world_size, info.device,
+    )  # fmt: skip
+    with autocast(info.device):
+        return evaluate_loss(trainer.model, trainer.until_stopping(batches))
 
 
 def sample_replies(trainer: Trainer, tokenizer: object, prompts: str) -> None:

@@ -25,10 +25,11 @@ from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
-from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum, num_iterations
+from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
+from nanochat.start import load_base
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train import Trainer, autocast, load_base
+from nanochat.train import Trainer, autocast
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -108,8 +109,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
     )
     model = build_model(config, info.device, seed=args.seed)
-    if args.source_tag:
-        load_base(args.source_tag, model, tokenizer)
+    started_from = load_base(args.source_tag, model, tokenizer) if args.source_tag else None
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay
     )
@@ -143,24 +143,29 @@ def train(args: Args, info: distributed.DistInfo) -> None:
             "tokenizer": args.tokenizer,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "data": {"train": source.fingerprint, "val": val_source.fingerprint},
+            "started_from": started_from,
             "validation": files.validation,
         },
         loader=loader,
     )
     # Step by step
     for step in trainer.steps():
-        if is_due(step, args.eval_every, num_steps, at_start=True):
+        if trainer.is_due(args.eval_every, at_start=True):
             batches = eval_batches(
                 val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
                 info.device,
             )  # fmt: skip
+            batches = trainer.until_stopping(batches)
             with autocast(info.device):
                 trainer.record(val_bpb=evaluate_bpb(model, batches, tokenizer.token_bytes))
-        if args.core_metric_every > 0 and is_due(step, args.core_metric_every, num_steps):
+        if args.core_metric_every > 0 and trainer.is_due(args.core_metric_every):
             with autocast(info.device):
-                core = evaluate_core(model, tokenizer, bundle, args.core_metric_max_per_task)
+                core = evaluate_core(
+                    model, tokenizer, bundle, args.core_metric_max_per_task,
+                    stopped=trainer.stopping,
+                )  # fmt: skip
             trainer.record(core_metric=core["core_metric"])
-        if info.rank == 0 and is_due(step, args.sample_every, num_steps):
+        if info.rank == 0 and trainer.is_due(args.sample_every):
             engine = Engine(model, tokenizer)
             for prompt in args.sample_prompts.split("|"):
                 ids = tokenizer.encode(prompt, prepend=bos)
@@ -168,7 +173,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
                 text = tokenizer.decode(sequences[0])
                 trainer.log("sample", text=text)
                 print0(text)
-        if is_due(step, args.save_every, num_steps):
+        if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
             continue  # nothing more to train on; the Trainer ends the run

@@ -11,21 +11,23 @@ chatrl_checkpoints/<tag>/. See nanochat/rollout.py for the method.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import distributed, flags
-from nanochat.common import UserError, seed_from
+from nanochat.common import UserError, fingerprint, seed_from
 from nanochat.distributed import sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.evals.chat import run_chat_eval
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_problems
 from nanochat.rollout import problem_order, sample_rollouts, to_batches
-from nanochat.schedule import is_due, lr_multiplier
+from nanochat.schedule import lr_multiplier
+from nanochat.start import Start, start_from
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
-from nanochat.train import Start, Trainer, autocast, start_from
+from nanochat.train import Trainer, autocast
 
 
 @dataclass
@@ -117,21 +119,23 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         meta={
             "tokenizer": start.meta["tokenizer"],
             "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"problems": f"{args.task}:{len(task)}", "started from": start.folder.name},
+            "data": {"train": fingerprint(*(json.dumps(task[i]) for i in range(len(task))))},
+            "started_from": start.name,
             "validation": validation,
         },
     )
     engine = Engine(model, tokenizer)
 
     for step in trainer.steps():
-        if val_task is not None and (is_due(step, args.eval_every, num_steps) or step == 0):
+        if val_task is not None and (trainer.is_due(args.eval_every) or step == 0):
             with autocast(info.device):
                 result = run_chat_eval(
                     val_task, model, tokenizer, engine, batch_size=128, temperature=0.0,
                     max_new_tokens=args.max_new_tokens, max_problems=args.eval_examples,
+                    stopped=trainer.stopping,
                 )  # fmt: skip
             trainer.record(pass1=result.accuracy, pass1_stderr=result.stderr, problems=result.n)
-        if is_due(step, args.save_every, num_steps):
+        if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
             continue  # nothing more to train on; the Trainer ends the run
@@ -144,8 +148,9 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
                 engine, task, problems[info.rank :: info.world_size],
                 num_samples=args.num_samples, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, top_k=args.top_k or None,
-                seed=seed_from(args.seed, "rollouts", step),
+                seed=seed_from(args.seed, "rollouts", step), stopped=trainer.stopping,
             )  # fmt: skip
+        trainer.end_if_stopped()  # the replies may have been broken off
         n, reward, tokens, ended = sum_over_ranks(
             rollouts.rewards.size, rollouts.rewards.sum(), rollouts.lengths.sum(),
             rollouts.ended.sum(), device=info.device,

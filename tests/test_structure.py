@@ -30,13 +30,14 @@ FLOORS = {
     **dict.fromkeys(
         ["conversation", "download", "execution", "execution_child", "flags", "machine"], 0.5
     ),
-    **dict.fromkeys(["schedule", "threads", "vocabulary"], 0.5),
+    **dict.fromkeys(["manifest", "schedule", "threads", "vocabulary"], 0.5),
     "hub": 0.75,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
     **dict.fromkeys(["token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks", "text_source"], 2),
     "primer": 2.5,
     **dict.fromkeys(["checkpoint", "engine", "hf"], 3),
+    "start": 3.5,
     **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["finetune", "rollout"], 4.5),
 }
