@@ -1,5 +1,5 @@
 """
-How a conversation is written as tokens: our own format, and ChatML for Qwen2.5.
+How a conversation is written as tokens: our own format, ChatML for Qwen2.5, or not at all.
 
 Each format is a function from checked messages to `Segment`s: special tokens and stretches of plain
 text, each with a mask that says whether the assistant wrote it. No ids here; nanochat/tokenizer.py
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+from nanochat.common import UserError
 from nanochat.conversation import Message, as_parts, reply_text
 
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -152,3 +153,28 @@ CHATML = ChatFormat(
     reply_opening=_REPLY_OPENING_CHATML,
     tool_output=_tool_output_chatml,
 )
+
+
+# ---- none ----------------------------------------------------------------------------------------
+
+
+def _no_chat(_: object) -> NoReturn:
+    raise UserError(
+        "this tokenizer has no special tokens for conversations and serves for plain text only "
+        "(tok_eval, base_train, base_eval). For chat, train a base model with one that has them: "
+        "from scripts.tok_train, or --tokenizer=qwen2.5"
+    )
+
+
+def plain_format(bos: str) -> ChatFormat:
+    """For vocabularies such as GPT-2's: `bos` separates documents, conversations are refused."""
+    return ChatFormat(
+        name="plain",
+        bos=bos,
+        end=bos,
+        openers=(bos,),
+        aliases={"<|bos|>": bos, "<|assistant_end|>": bos},
+        render=_no_chat,
+        reply_opening=(),
+        tool_output=_no_chat,
+    )

@@ -33,6 +33,7 @@ SHARD_BYTES = 100_000_000  # about, where the server does not say
 ROW_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*ROW_SUFFIXES, ".txt")
 VAL_ONE_IN = 50  # a data set of one file gives every 50th document, by hash, to validation
+PARQUET_BATCH = 8192  # texts read at a time, some tens of MB
 TXT_PIECE = 4000  # characters, about 1,000 tokens: a longer .txt is cut into documents of that size
 
 Keep = Literal["all", "train", "val"]
@@ -216,6 +217,13 @@ def _read_texts(path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
+    for texts in iter_text_arrays(path):
+        yield from texts.to_pylist()
+
+
+def iter_text_arrays(path: Path) -> Iterator[Any]:
+    """Yields the texts of a parquet file as Arrow string arrays, which cost no Python object for
+    each text. Some thousand at a time: row groups may be of any size."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -231,15 +239,44 @@ def _read_parquet(path: Path) -> Iterator[str]:
             raise UserError(f"{path}: row 0: there is no column `text`; found {', '.join(names)}")
         row = 0
         for group in range(file.num_row_groups):
-            try:
-                column = file.read_row_group(group, columns=["text"])["text"]
-            except (pa.ArrowInvalid, OSError) as e:
-                raise UserError(f"{path}: row group {group} (row {row} on) is damaged: {e}") from e
-            for text in column.to_pylist():
-                if not isinstance(text, str):
-                    raise UserError(f"{path}: row {row}: `text` is {text!r:.80}, not a string")
-                yield text
-                row += 1
+            batches = file.iter_batches(PARQUET_BATCH, row_groups=[group], columns=["text"])
+            while True:
+                try:
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    texts = batch.column(0)
+                    texts.validate(full=True)  # that it is UTF-8, above all
+                except (pa.ArrowInvalid, OSError) as e:
+                    raise UserError(
+                        f"{path}: row group {group} (row {row} on) is damaged: {e}"
+                    ) from e
+                kind = texts.type
+                if pa.types.is_dictionary(kind) or pa.types.is_string_view(kind):
+                    texts = texts.cast(pa.string())
+                is_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
+                if not is_text or texts.null_count:
+                    at = texts.is_null().index(True).as_py() if is_text else 0
+                    found = f"{texts[at].as_py()!r:.80}"
+                    raise UserError(f"{path}: row {row + at}: `text` is {found}, not a string")
+                row += len(texts)
+                yield texts
+
+
+def text_size(path: Path) -> int:
+    """About how many bytes of text a file holds, without reading it: for a progress bar."""
+    if not path.name.endswith(".parquet"):
+        return path.stat().st_size * (3 if path.name.endswith((".gz", ".zst")) else 1)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowInvalid, OSError):
+        return 0  # reading it will say what is wrong
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    columns = (group.column(i) for group in groups for i in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
 
 
 def _read_jsonl_texts(path: Path) -> Iterator[str]:

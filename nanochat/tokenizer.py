@@ -9,8 +9,9 @@ of the model; what passes from here to a model is `get_vocab_size()`.
     ids = tokenizer.encode("Hello", prepend="<|bos|>")
     ids, mask = tokenizer.render_conversation({"messages": [...]})
 
-The data behind it, and its files: vocabulary.py. How conversations are written: chat_format.py; the
-format follows from the special tokens of the vocabulary and does not show outside.
+The data behind it: vocabulary.py, its files: tokenizer_files.py. How conversations are written:
+chat_format.py; the format follows from the special tokens of the vocabulary and does not show
+outside. A vocabulary without tokens for conversations (GPT-2's) serves for plain text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -26,10 +27,14 @@ from typing import Any, overload
 import numpy as np
 import tiktoken
 
-from nanochat.chat_format import CHATML, NANOCHAT, Segment
+from nanochat.chat_format import CHATML, NANOCHAT, Segment, plain_format
 from nanochat.common import UserError, atomic_write, get_base_dir, warn0, write_json
 from nanochat.conversation import Conversation, check_conversation
-from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary, tokenizer_json
+from nanochat.tokenizer_files import read_vocabulary, tokenizer_json
+from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
+
+# What begins documents in vocabularies without tokens for conversations: Llama 3's, GPT-2's to 4's
+PLAIN_BOS = ("<|begin_of_text|>", "<|endoftext|>", "<s>")
 
 QWEN_REPO = "Qwen/Qwen2.5-Coder-0.5B"  # all Qwen2.5 models share one tokenizer.json (7 MB)
 
@@ -43,28 +48,41 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         specials = vocabulary.specials
-        fitting = [c for c in (NANOCHAT, CHATML) if {c.end, *c.openers} <= specials.keys()]
+        formats = [NANOCHAT, CHATML, *map(plain_format, PLAIN_BOS)]
+        fitting = [c for c in formats if {c.end, *c.openers} <= specials.keys()]
         if not fitting:
             raise UserError(
                 "the tokenizer's special tokens are neither nanochat's (<|bos|>, <|user_start|>, "
-                "...) nor Qwen's (<|endoftext|>, <|im_start|>, <|im_end|>), but "
-                f"{', '.join(specials) or 'none'}"
+                "...) nor Qwen's (<|endoftext|>, <|im_start|>, <|im_end|>), nor is there one to "
+                f"begin documents ({', '.join(PLAIN_BOS)}), but {', '.join(specials) or 'none'}"
             )
         self._chat = fitting[0]
-        self._encoding = tiktoken.Encoding(
-            self._chat.name,
-            pat_str=vocabulary.pattern,
-            mergeable_ranks=vocabulary.ranks,
-            special_tokens=specials,
-        )
+        try:
+            self._encoding = tiktoken.Encoding(
+                self._chat.name,
+                pat_str=vocabulary.pattern,
+                mergeable_ranks=vocabulary.ranks,
+                special_tokens=specials,
+            )
+        except ValueError as e:
+            raise UserError(f"the tokenizer's split pattern {vocabulary.pattern!r}: {e}") from e
         self._end = specials[self._chat.end]
         self._openers = {specials[name] for name in self._chat.openers}
         self.stop_token_ids: set[int] = {self._end, specials[self._chat.bos]}
         """Generation ends when one of these is sampled."""
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(
+        cls,
+        texts: Iterable[Any],
+        vocab_size: int,
+        progress: Callable[[str, int, int], object] | None = None,
+    ) -> Tokenizer:
         """Learns a vocabulary of `vocab_size` tokens: 256 bytes, merges, 9 special tokens.
+
+        `texts` are str, or Arrow arrays of strings, each of which is many. `progress(phase, done,
+        total)` hears about once a second how far it is: ("count", bytes of text, 0), then ("merge",
+        merges learned, merges wanted).
 
         A corpus that offers fewer merges than asked gives a smaller vocabulary and a warning:
         models take their size from the tokenizer, so everything works with it."""
@@ -76,8 +94,11 @@ class Tokenizer:
                 f"--vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
                 f"special tokens need at least --vocab_size={256 + len(SPECIAL_TOKENS)}"
             )
+        ours = hasattr(rustbpe, "Encoder")  # PyPI's 0.1.0 takes str only, and tells no progress
+        more: dict[str, Any] = {"progress": progress} if ours else {}
+        items = _training_items(texts, arrow=ours)
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(map(without_surrogates, texts), learned, pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(items, learned, pattern=SPLIT_PATTERN, **more)
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])
         vocabulary = Vocabulary.from_merges([bytes(token) for token, _ in ranks])
         if vocabulary.size < vocab_size:
@@ -207,6 +228,8 @@ class Tokenizer:
         return self.encode_special(token) if isinstance(token, str) else token
 
     def _normalized(self, text: str) -> str:
+        # By Python's Unicode, which is newer than that of Hugging Face's `tokenizers` (9.0): about
+        # a hundred rare combining marks may come in another order than there
         if self.vocabulary.normalization is None or text.isascii():
             return text
         return unicodedata.normalize("NFC", text)
@@ -316,6 +339,17 @@ def without_surrogates(text: str) -> str:
     return text
 
 
+def _training_items(texts: Iterable[Any], arrow: bool) -> Iterator[Any]:
+    """What rustbpe is to count: str that it can take, and Arrow arrays as such if it can."""
+    for item in texts:
+        if isinstance(item, str):
+            yield without_surrogates(item)
+        elif arrow:
+            yield item
+        else:
+            yield from item.to_pylist()
+
+
 def _cut_long_spaces(text: str) -> Iterator[str]:
     """Cuts `text` inside of overlong runs of white space, and nowhere else."""
     start = 0
@@ -353,7 +387,7 @@ def get_tokenizer(name_or_dir: str | Path | None = None) -> Tokenizer:
                 f"--tokenizer={name_or_dir} is neither a folder with a tokenizer.json nor qwen2.5. "
                 "Leave the flag out for the one that python -m scripts.tok_train made"
             )
-    return Tokenizer(Vocabulary.read(directory))
+    return Tokenizer(read_vocabulary(directory))
 
 
 def _download_qwen(path: Path) -> None:

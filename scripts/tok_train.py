@@ -14,16 +14,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from nanochat import flags
 from nanochat.common import UserError, append_jsonl, get_base_dir, print0
-from nanochat.dataset import iter_texts, split_files
+from nanochat.dataset import iter_text_arrays, iter_texts, split_files, text_size
 from nanochat.preview import preview_corpus
 from nanochat.tokenizer import Tokenizer, without_surrogates
 
 NUM_CHECKED = 200  # documents on which decode(encode(text)) must give the text back
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 @dataclass
@@ -46,29 +56,88 @@ class Args:
 
 
 class Corpus:
-    """Texts on their way to the trainer: counts them, stops at max_chars, keeps the first few."""
+    """Texts on their way to the trainer, each cut to doc_cap, max_chars in all; counts them.
 
-    def __init__(self, args: Args, progress: Progress) -> None:
-        self.args, self.progress = args, progress
+    Parquet goes as Arrow arrays, each of many texts, everything else as str: no more than one
+    batch of texts is in memory."""
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self.files = split_files(args.data, args.val_data)
         self.docs = self.chars = 0
-        self.checked: list[str] = []
+        self.bytes_read = 0  # about, and before anything is cut
+        self.checked: list[str] = []  # the first few texts
 
-    def __iter__(self) -> Iterator[str]:
-        files = split_files(self.args.data, self.args.val_data)
-        task = self.progress.add_task("reading")
-        for text in iter_texts(files.train, self.args.doc_cap, files.keep_train):
-            text = text[: self.args.max_chars - self.chars]
+    def __iter__(self) -> Iterator[Any]:
+        keep = self.files.keep_train  # a lone file holds both parts
+        for path in self.files.train:
+            arrow = path.name.endswith(".parquet") and keep == "all"
+            texts = ([text] for text in iter_texts([path], keep=keep))
+            for batch in iter_text_arrays(path) if arrow else texts:
+                yield from self._counted(batch)
+                if self.chars >= self.args.max_chars:
+                    return
+
+    def _counted(self, batch: Any) -> Iterator[Any]:
+        """Cuts and counts an Arrow array or a list of texts; what max_chars falls into, as str."""
+        if isinstance(batch, list):
+            self.bytes_read += sum(map(len, batch))
+        else:
+            self.bytes_read += batch.nbytes
+            batch = pc.utf8_slice_codeunits(batch, 0, self.args.doc_cap)
+            chars = pc.sum(pc.utf8_length(batch)).as_py() or 0
+            if self.chars + chars < self.args.max_chars:
+                self.docs += len(batch)
+                self.chars += chars
+                self.checked += batch[: NUM_CHECKED - len(self.checked)].to_pylist()
+                yield batch
+                return
+            batch = batch.to_pylist()
+        for text in batch:
+            text = text[: min(self.args.doc_cap, self.args.max_chars - self.chars)]
             self.docs += 1
             self.chars += len(text)
             if len(self.checked) < NUM_CHECKED:
                 self.checked.append(text)
-            if self.docs % 1000 == 0:
-                read = f"{self.docs:,} documents, {self.chars / 1e6:,.0f}M characters"
-                self.progress.update(task, description=f"reading: {read}")
             yield text
             if self.chars >= self.args.max_chars:
-                break
-        self.progress.update(task, description=f"merging {self.chars / 1e6:,.1f}M characters")
+                return
+
+
+class Meter:
+    """How far it is: a bar with the time left on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.size = max(1, sum(map(text_size, corpus.files.train)))
+        console = Console()
+        self.bar = Progress(
+            "{task.description}", BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+            "left", TimeRemainingColumn(),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("reading", total=None)
+        self.phase = "count"
+        self.told = time.monotonic()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Called by the trainer about once a second, see Tokenizer.train."""
+        share = done / max(1, total)
+        text = f"merging: {done:,} of {total:,} tokens"
+        if phase == "count":
+            # The trainer knows the bytes that it has counted, we what there is to read
+            docs, chars = self.corpus.docs, self.corpus.chars
+            share = min(
+                1, max(self.corpus.bytes_read / self.size, chars / self.corpus.args.max_chars)
+            )
+            text = f"reading: {docs:,} documents, {chars / 1e6:,.0f}M characters"
+        if phase != self.phase:
+            self.phase = phase
+            self.bar.reset(self.task)
+        self.bar.update(self.task, description=text, completed=share, total=1)
+        if self.bar.disable and time.monotonic() - self.told >= LINE_SECONDS:
+            self.told = time.monotonic()
+            print0(f"{text} ({share:.0%})")
 
 
 def main(args: Args) -> None:
@@ -81,10 +150,10 @@ def main(args: Args) -> None:
 
     # Learn. The trainer pulls the texts through as it counts them; the corpus is never in memory.
     start = time.perf_counter()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
-        corpus = Corpus(args, progress)
-        tokenizer = Tokenizer.train(corpus, args.vocab_size)
+    corpus = Corpus(args)
+    meter = Meter(corpus)
+    with meter.bar:
+        tokenizer = Tokenizer.train(corpus, args.vocab_size, meter)
     seconds = time.perf_counter() - start
     if corpus.chars == 0:
         raise UserError(f"the training text is empty (--data={args.data or 'base_data'})")

@@ -10,13 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat import dataset
 from nanochat.common import UserError, get_base_dir
 from nanochat.dataset import (
     TXT_PIECE,
     find_files,
     is_val_document,
+    iter_text_arrays,
     iter_texts,
     split_files,
+    text_size,
     train_files,
     val_file,
 )
@@ -114,6 +117,33 @@ def test_surrogates_in_json_do_not_stop_the_split(tmp_path: Path) -> None:
     )
 
 
+def test_arrow_arrays_hold_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "PARQUET_BATCH", 2)
+    texts = ["a", "naïve", "", "한국어", "🙂", "b", "a"]
+    coded = pa.dictionary(pa.int32(), pa.string())
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), coded):
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"n": [1] * 7, "text": pa.array(texts, kind)}), path, 5)
+        arrays = list(iter_text_arrays(path))
+        assert [array.to_pylist() for array in arrays] == [
+            *(texts[i : i + 2] for i in (0, 2)),
+            texts[4:5],
+            texts[5:],
+        ]
+        assert {array.type for array in arrays} <= {pa.string(), pa.large_string()}
+        assert list(iter_texts([path])) == texts
+
+
+def test_text_size_is_about_that_of_the_text(tmp_path: Path) -> None:
+    texts = [f"{i} and some more words" for i in range(1000)]
+    size = sum(map(len, texts))
+    files = [parquet(tmp_path / "a.parquet", texts), jsonl(tmp_path / "a.jsonl", texts)]
+    for path in files:
+        assert size < text_size(path) < 2 * size
+    (tmp_path / "bad.parquet").write_bytes(b"<html>")
+    assert text_size(tmp_path / "bad.parquet") == 0
+
+
 # ---- errors name the file
 
 
@@ -126,6 +156,13 @@ def broken(name: str, folder: Path) -> Path:
         return parquet(path, TEXTS, column="content")
     if kind == "null":
         return parquet(path, ["a"] * 1001 + [None])  # type: ignore[list-item]
+    if kind == "numbers":
+        pq.write_table(pa.table({"text": [5, 6]}), path)
+        return path
+    if kind == "bytes":
+        array = pa.array([b"a", b"\xff\xfe"], pa.binary()).view(pa.string())
+        pq.write_table(pa.table({"text": array}), path)
+        return path
     content = {
         "empty": b"",
         "no_parquet": b"<html>",
@@ -151,6 +188,8 @@ def broken(name: str, folder: Path) -> Path:
         ("damaged.parquet", r"row group 0 \(row 0 on\) is damaged"),
         ("column.parquet", r"column\.parquet: row 0: there is no column `text`; found content"),
         ("null.parquet", "row 1001: `text` is None, not a string"),
+        ("numbers.parquet", "row 0: `text` is 5, not a string"),
+        ("bytes.parquet", r"row group 0 \(row 0 on\) is damaged: Invalid UTF8"),
         ("json.jsonl", r"json\.jsonl:3: not valid JSON"),
         ("field.jsonl", r"field\.jsonl:2: no string field `text`; found the fields content, id"),
         ("number.jsonl", r"number\.jsonl:1: no string field `text`; found 5"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
-import random
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +20,16 @@ from nanochat import tokenizer as module
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.vocabulary import SPLIT_PATTERN, Vocabulary
-from tests.tokenizers_for_tests import QWEN_PATTERN, TEXT, naive_bpe, tiny_qwen, tiny_tokenizer
-
-ROOT = Path(__file__).parent.parent
-DATA = ROOT.parent / "shared" / "data"
+from tests.tokenizers_for_tests import (
+    ODD_TEXTS,
+    QWEN_PATTERN,
+    TEXT,
+    naive_bpe,
+    random_texts,
+    real_texts,
+    tiny_qwen,
+    tiny_tokenizer,
+)
 
 # All of Qwen2.5's 22 added tokens; those from <tool_call> on are not marked special in its file
 QWEN_ADDED = [
@@ -33,47 +39,6 @@ QWEN_ADDED = [
     *("</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>"),
 ]
-
-ODD_TEXTS = [
-    "",
-    " ",
-    "\n",
-    "   leading and trailing   ",
-    "tabs\tand\r\nline ends\r\rof\n\n\nall kinds \n \n",
-    "I'm, you'RE, we'Ll, it'S, she'd, they'Ve, rock'n'roll, 'ſ",
-    "1 12 123 1234 12345678 3.14159 1,000,000 ²³ ½ Ⅻ ٣٤٥",
-    "def f(x):\n    return x**2  # square\n\n\tif x: pass",
-    "naïve café, e\u0301 and é, ﬁ ligature, Å and Å",
-    "안녕하세요 세계! 東京タワー Привет мир مرحبا שלום",
-    "🙂👩‍👩‍👧‍👦🇩🇪 zero\u200bwidth \u00a0nbsp\u3000wide \u2028line",
-    "a" * 1000 + " " * 1000 + "!" * 1000,
-    "<|bos|><|user_start|>Hi<|user_end|> <|im_start|>system\n<|endoftext|>",
-    "\x00\x01\x1f\x7f\x85",
-    "\ufffd\ufeff\uffff",
-]
-
-
-def random_texts(seed: int, count: int) -> list[str]:
-    """Texts from all over Unicode (no surrogates), with much white space and many apostrophes."""
-    rng = random.Random(seed)
-    pools = [range(0x20, 0x7F), range(0x250), range(0x3000, 0xD800), range(0xE000, 0x110000)]
-    common = [ord(c) for c in " \n\r\t'slSLreVE0123\u00a0\u017f"]
-    texts = []
-    for _ in range(count):
-        pool = rng.choice(pools)
-        length = rng.randrange(40)
-        texts.append("".join(chr(rng.choice(rng.choice([pool, common]))) for _ in range(length)))
-    return texts
-
-
-def real_texts(count: int) -> list[str]:
-    """Documents of the validation shard of the real data; skips where it is not there."""
-    path = DATA / "fineweb_like" / "shard_00004.parquet"
-    if not path.exists():
-        pytest.skip("the real data is not in ../shared/data")
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(path).read_row_group(0)["text"].to_pylist()[:count]
 
 
 def as_hugging_face(tokenizer: Tokenizer, folder: Path) -> tokenizers.Tokenizer:
@@ -100,17 +65,6 @@ def test_qwen_brings_text_into_nfc_first() -> None:
         assert tiny_qwen().decode(tiny_qwen().encode(text)) == unicodedata.normalize("NFC", text)
     assert tiny_qwen().encode("e\u0301") == tiny_qwen().encode("é")
     assert tiny_tokenizer().encode("e\u0301") != tiny_tokenizer().encode("é")
-
-
-@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(600), tiny_qwen(600)], ids=["ours", "qwen"])
-def test_same_ids_as_hugging_face(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    hugging_face = as_hugging_face(tokenizer, tmp_path)
-    for text in [TEXT, *ODD_TEXTS, *random_texts(seed=3, count=2000)]:
-        if "<|" in text:
-            continue  # there the names of special tokens are not ordinary text
-        ids = tokenizer.encode(text)
-        assert hugging_face.encode(text).ids == ids, repr(text)
-        assert hugging_face.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer(600), tiny_qwen(600)], ids=["ours", "qwen"])
@@ -261,6 +215,21 @@ def test_stop_tokens() -> None:
     }
 
 
+@pytest.mark.parametrize("bos", ["<|endoftext|>", "<|begin_of_text|>"])
+def test_a_vocabulary_without_chat_tokens_is_for_plain_text(bos: str) -> None:
+    ranks = tiny_tokenizer(400).vocabulary.ranks
+    tokenizer = Tokenizer(Vocabulary(SPLIT_PATTERN, ranks, {"<|pad|>": 391, bos: 392}))
+    assert tokenizer.get_bos_token_id() == tokenizer.encode_special("<|bos|>") == 392
+    assert tokenizer.encode("Hi", prepend="<|bos|>") == [392, *tiny_tokenizer().encode("Hi")]
+    assert tokenizer.stop_token_ids == {392}
+    conversation = {"messages": [{"role": "user", "content": "Hi"}]}
+    for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
+        with pytest.raises(UserError, match="no special tokens for conversations"):
+            render(conversation)
+    with pytest.raises(UserError, match="python_start"):
+        _ = tokenizer.tool_call_ids  # so that generation does without the calculator
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -391,8 +360,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
         get_tokenizer(tmp_path)
     vocabulary = tiny_tokenizer().vocabulary
-    with pytest.raises(UserError, match=r"neither nanochat's .* but <\|endoftext\|>"):
-        Tokenizer(Vocabulary(vocabulary.pattern, vocabulary.ranks, {"<|endoftext|>": 391}))
+    with pytest.raises(UserError, match=r"neither nanochat's .* but <\|im_start\|>"):
+        Tokenizer(Vocabulary(vocabulary.pattern, vocabulary.ranks, {"<|im_start|>": 391}))
+    with pytest.raises(UserError, match="but none"):
+        Tokenizer(Vocabulary(vocabulary.pattern, vocabulary.ranks, {}))
+    with pytest.raises(UserError, match=r"split pattern '\(\?:a': .*parenthesis"):
+        Tokenizer(dataclasses.replace(vocabulary, pattern="(?:a"))
 
 
 def test_the_json_is_what_other_readers_expect(tmp_path: Path) -> None:

@@ -1,29 +1,16 @@
-"""The vocabulary and its files: what is written loads elsewhere, what is read is safe."""
+"""The vocabulary: what it must be, and what decides that an id is another."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiktoken
 
 from nanochat.common import UserError
-from nanochat.vocabulary import (
-    BYTE_TO_CHAR,
-    SPECIAL_TOKENS,
-    SPLIT_PATTERN,
-    Vocabulary,
-    merge_pair,
-    read_tokenizer_json,
-    read_tokenizer_pkl,
-    tokenizer_json,
-)
-from tests.tokenizers_for_tests import tiny_qwen, tiny_tokenizer
+from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary, merge_pair
+from tests.tokenizers_for_tests import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,14 +36,6 @@ def test_special_tokens_have_the_highest_ids_in_order() -> None:
     assert [vocabulary.specials[name] for name in SPECIAL_TOKENS] == list(range(391, 400))
 
 
-def test_the_byte_alphabet_is_gpt2s() -> None:
-    assert len(set(BYTE_TO_CHAR)) == 256
-    assert BYTE_TO_CHAR[ord("A")] == "A"
-    assert BYTE_TO_CHAR[ord(" ")] == "Ġ"
-    assert BYTE_TO_CHAR[ord("\n")] == "Ċ"
-    assert BYTE_TO_CHAR[0xAD] == "Ń"  # the last of those that stand for something else
-
-
 def test_merge_pair_undoes_the_last_merge() -> None:
     tokens = [bytes([b]) for b in range(256)] + [b"ab", b"bc", b"abc", b"abcabc"]
     ranks = {token: i for i, token in enumerate(tokens)}
@@ -65,18 +44,21 @@ def test_merge_pair_undoes_the_last_merge() -> None:
     assert merge_pair(b"abcabc", ranks) == (b"abc", b"abc")
 
 
+def test_some_tokens_are_made_by_no_merge() -> None:
+    tokens = [bytes([b]) for b in range(256)] + [b"bc", b"xyz", b"ab", b"abcd", b"bcde"]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    assert merge_pair(b"xyz", ranks) is None
+    assert merge_pair(b"abcd", ranks) is None  # a, bc, d: neither a+bc nor bc+d is a token
+    spelled = {token.decode("latin-1"): rank for token, rank in ranks.items()}
+    assert merge_pair("ab", spelled) == ("a", "b")
+    assert merge_pair("bcde", spelled) is None
+
+
 def test_the_same_bytes_learned_twice_are_kept_once() -> None:
     tokens = [bytes([b]) for b in range(256)] + [b"ab", b"abc", b"ab", b"abd"]
     vocabulary = Vocabulary.from_merges(tokens)
     assert vocabulary.size == 259 + len(SPECIAL_TOKENS)
     assert vocabulary.ranks[b"abd"] == 258
-
-
-@pytest.mark.parametrize("vocabulary", [tiny_tokenizer().vocabulary, tiny_qwen().vocabulary])
-def test_json_round_trip(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(tokenizer_json(vocabulary)), encoding="utf-8")
-    assert read_tokenizer_json(path) == vocabulary
 
 
 def test_fingerprint_changes_with_anything_that_decides_an_id() -> None:
@@ -112,118 +94,3 @@ def test_inconsistent_vocabularies_are_refused(change: Any, told: str) -> None:
     vocabulary = tiny_tokenizer().vocabulary
     with pytest.raises(UserError, match=told):
         dataclasses.replace(vocabulary, **change(vocabulary))
-
-
-def _swap_merges(config: dict[str, Any]) -> None:
-    merges = config["model"]["merges"]
-    merges[0], merges[-1] = merges[-1], merges[0]
-
-
-@pytest.mark.parametrize(
-    ("damage", "told"),
-    [
-        (lambda c: c.pop("model"), "not the tokenizer.json of a byte-level BPE"),
-        (lambda c: c["model"].update(type="WordPiece"), "only BPE"),
-        (lambda c: c.update(normalizer={"type": "Lowercase"}), "only NFC or none"),
-        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "Sequence of Split"),
-        (lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True), "options"),
-        (lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "options"),
-        (lambda c: c["model"]["merges"].pop(), "no single bytes"),
-        (_swap_merges, "not in the order"),
-        (lambda c: c["model"]["vocab"].update({"a b": 391}), "byte-level BPE"),
-    ],
-)
-def test_json_that_we_would_encode_differently_is_refused(
-    damage: Any, told: str, tmp_path: Path
-) -> None:
-    config = tokenizer_json(tiny_tokenizer().vocabulary)
-    damage(config)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(UserError, match=told) as error:
-        read_tokenizer_json(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_torn_json_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(tokenizer_json(tiny_tokenizer().vocabulary))[:1000], "utf-8")
-    with pytest.raises(UserError, match=r"tokenizer\.json is not valid JSON"):
-        read_tokenizer_json(path)
-
-
-# ---- the pickle ----------------------------------------------------------------------------------
-
-
-def encoding(specials: dict[str, int] | None = None) -> tiktoken.Encoding:
-    vocabulary = tiny_tokenizer().vocabulary
-    return tiktoken.Encoding(
-        "somebody's",
-        pat_str=vocabulary.pattern,
-        mergeable_ranks=vocabulary.ranks,
-        special_tokens=specials or vocabulary.specials,
-    )
-
-
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_a_lone_pickle_is_read(protocol: int, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding(), protocol))
-    assert Vocabulary.read(tmp_path) == tiny_tokenizer().vocabulary
-
-
-class Malicious:
-    """Its pickle is a call of os.system."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> Any:
-        return os.system, (self.command,)
-
-
-def test_a_malicious_pickle_does_nothing(tmp_path: Path) -> None:
-    witness = tmp_path / "was here"
-    path = tmp_path / "tokenizer.pkl"
-    hidden = encoding()
-    hidden._special_tokens = {"<|bos|>": Malicious(f"touch '{witness}'")}  # type: ignore[dict-item]
-    for value in (Malicious(f"touch '{witness}'"), [Malicious(f"touch '{witness}'")], hidden):
-        path.write_bytes(pickle.dumps(value))
-        with pytest.raises(UserError, match=r"wants to load (posix|nt)\.system"):
-            read_tokenizer_pkl(path)
-    assert not witness.exists()
-    pickle.loads(path.read_bytes())  # noqa: S301  the trap is a real one
-    assert witness.exists()
-
-
-GLOBAL = b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93"  # pushes the class
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"not a pickle",
-        pickle.dumps({"mergeable_ranks": {}}),
-        pickle.dumps(encoding())[:-100],
-        pickle.dumps(encoding({"<|im_start|>": 391})),
-        GLOBAL + b".",  # the class itself
-        GLOBAL + b")\x81.",  # without a state
-        GLOBAL + b")\x81\x8c\x04gpt2b.",  # by name, which would start a download
-        GLOBAL + b"(\x8c\x01xtR.",  # called with an argument
-        b"\x80\x04\x8c\x0dtiktoken.core\x8c\x11Encoding.__init__\x93.",
-        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",
-        b"cbuiltins\nexec\n.",
-    ],
-)
-def test_any_other_pickle_is_refused(data: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.pkl"
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"tokenizer\.pkl is refused"):
-        read_tokenizer_pkl(path)
-
-
-def test_the_json_wins_over_the_pickle(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(Malicious("false")))
-    text = json.dumps(tokenizer_json(tiny_tokenizer().vocabulary))
-    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
-    assert Vocabulary.read(tmp_path) == tiny_tokenizer().vocabulary

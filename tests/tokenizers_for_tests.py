@@ -3,19 +3,22 @@ Small tokenizers for everybody's tests, made in memory, without rustbpe and with
 
 `tiny_tokenizer()` is ours, `tiny_qwen()` has Qwen2.5's split pattern, special tokens and chat
 format. Both are trained on TEXT by `naive_bpe`, the slow twin of rustbpe: it recounts every pair
-after each merge, and is too simple to be wrong.
+after each merge, and is too simple to be wrong. Below them, texts on which tokenizers go wrong.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections import Counter
 
+import pytest
 import regex
 
 from nanochat.tokenizer import Tokenizer
 from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
+from tests.conftest import SHARED_DATA
 
 TEXT = """
 The harbour town of Selby lies where the river meets the sea. Every morning the fishing boats come
@@ -122,3 +125,47 @@ def tiny_qwen(vocab_size: int = 400) -> Tokenizer:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     specials = {name: len(ranks) + i for i, name in enumerate(QWEN_SPECIALS)}
     return Tokenizer(Vocabulary(QWEN_PATTERN, ranks, specials, "NFC"))
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "   leading and trailing   ",
+    "tabs\tand\r\nline ends\r\rof\n\n\nall kinds \n \n",
+    "I'm, you'RE, we'Ll, it'S, she'd, they'Ve, rock'n'roll, 'ſ",
+    "1 12 123 1234 12345678 3.14159 1,000,000 ²³ ½ Ⅻ ٣٤٥",
+    "def f(x):\n    return x**2  # square\n\n\tif x: pass",
+    "naïve café, e\u0301 and é, ﬁ ligature, Å and Å",
+    "안녕하세요 세계! 東京タワー Привет мир مرحبا שלום",
+    "🙂👩‍👩‍👧‍👦🇩🇪 zero\u200bwidth \u00a0nbsp\u3000wide \u2028line",
+    "a" * 1000 + " " * 1000 + "!" * 1000,
+    "<|bos|><|user_start|>Hi<|user_end|> <|im_start|>system\n<|endoftext|>",
+    "\x00\x01\x1f\x7f\x85",
+    "\ufffd\ufeff\uffff",
+]
+
+
+def random_texts(seed: int, count: int) -> list[str]:
+    """Texts from all over Unicode (no surrogates), with much white space and many apostrophes."""
+    rng = random.Random(seed)
+    pools = [range(0x20, 0x7F), range(0x250), range(0x3000, 0xD800), range(0xE000, 0x110000)]
+    common = [ord(c) for c in " \n\r\t'slSLreVE0123\u00a0\u017f"]
+    texts = []
+    for _ in range(count):
+        pool = rng.choice(pools)
+        length = rng.randrange(40)
+        texts.append("".join(chr(rng.choice(rng.choice([pool, common]))) for _ in range(length)))
+    return texts
+
+
+def real_texts(count: int) -> list[str]:
+    """Documents of the validation shard of the real data; skips where it is not there."""
+    path = SHARED_DATA / "fineweb_like" / "shard_00004.parquet"
+    if not path.exists():
+        pytest.skip("the real data is not in ../shared/data")
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read_row_group(0)["text"].to_pylist()[:count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,9 +13,15 @@ import pytest
 import tiktoken
 
 from nanochat.common import UserError, read_jsonl
+from nanochat.report.card import write_report
+from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer_files import GPT2_PATTERN
+from nanochat.vocabulary import Vocabulary
 from scripts import tok_eval
-from scripts.tok_eval import SAMPLES, Args
+from scripts.tok_eval import LANGUAGES, SAMPLES, Args
 from tests.tokenizers_for_tests import tiny_tokenizer
+
+TEXTS = ("validation", *SAMPLES, *LANGUAGES)
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def test_offline_measures_ours_and_says_so(
     assert "GPT-2 (ConnectionError), GPT-4 (ConnectionError)" in said
     assert "korean" in said
     measured = rows(base)
-    assert set(measured) == {(text, "ours") for text in ("validation", *SAMPLES)}
+    assert set(measured) == {(text, "ours") for text in TEXTS}
     tokenizer = tiny_tokenizer()
     ids = [*tokenizer.encode("The river. é"), *tokenizer.encode("The sea.")]
     row = measured["validation", "ours"]
@@ -55,6 +62,12 @@ def test_offline_measures_ours_and_says_so(
     assert row["bytes_per_token"] == pytest.approx(21 / len(ids), abs=1e-3)
     assert row["chars_per_token"] == pytest.approx(20 / len(ids), abs=1e-3)
     assert row["used_share"] == pytest.approx(len(set(ids)) / 391, abs=1e-4)
+    assert row["vocab"] == 391
+    assert row["mb_per_second"] >= 0 and row["batch_mb_per_second"] >= 0
+    lines = [line.split() for line in said.splitlines()]
+    shown = [f"{row[key]:.2f}" for key in ("bytes_per_token", "chars_per_token")]
+    assert ["validation", "21", *shown] in lines
+    assert ["ours", "391", f"{row['used_share']:.1%}"] in [line[:3] for line in lines]
 
 
 def test_others_are_measured_on_the_same_texts(
@@ -65,10 +78,40 @@ def test_others_are_measured_on_the_same_texts(
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     tok_eval.main(Args())
     measured = rows(base)
-    assert len(measured) == 3 * (1 + len(SAMPLES))
+    assert len(measured) == 3 * len(TEXTS)
     assert measured["korean", "GPT-4"]["bytes_per_token"] == 1
     assert measured["korean", "GPT-2"]["bytes"] == measured["korean", "ours"]["bytes"]
-    assert "GPT-4" in capsys.readouterr().out
+    ours = measured["validation", "ours"]["bytes_per_token"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["text", "bytes", "ours", "GPT-2", "GPT-4", "characters,", "ours"] in lines
+    assert ["validation", "21", f"{ours:.2f}", "1.00", "1.00"] in [line[:5] for line in lines]
+
+
+def test_another_tokenizer_is_called_by_its_name(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One without tokens for conversations, such as GPT-2's, will do."""
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    ranks = tiny_tokenizer(600).vocabulary.ranks
+    plain = Vocabulary(GPT2_PATTERN, ranks, {"<|endoftext|>": len(ranks)})
+    Tokenizer(plain).save(tmp_path / "plain")
+    tok_eval.main(Args())
+    tok_eval.main(Args(tokenizer=str(tmp_path / "plain")))
+    measured = rows(base)
+    assert measured["validation", "plain"]["vocab"] == len(ranks)
+    assert measured["validation", "ours"]["vocab"] == 391
+
+
+def test_the_report_shows_them(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    tok_eval.main(Args())
+    write_report(base / "report", base / "report" / "report.md")
+    text = (base / "report" / "report.md").read_text(encoding="utf-8")
+    row = rows(base)["hindi", "ours"]
+    found = next(line for line in text.splitlines() if line.startswith("| hindi"))
+    assert [c.strip() for c in found.split("|")[2:5]] == [
+        *("ours", f"{row['bytes_per_token']:.4g}", f"{row['chars_per_token']:.4g}")
+    ]
 
 
 def test_a_download_that_never_answers_is_given_up(
@@ -93,5 +136,12 @@ def test_max_chars_limits_the_validation_text(base: Path, monkeypatch: pytest.Mo
 
 
 def test_samples_are_of_many_kinds() -> None:
-    assert set(SAMPLES) == {"news", "code", "math", "korean", "german"}
-    assert all(len(text) > 100 for text in SAMPLES.values())
+    assert set(SAMPLES) == {"news", "code", "math"}
+    assert len(LANGUAGES) == 9
+    assert all(len(text.encode()) > 250 for text in (SAMPLES | LANGUAGES).values())
+    for name, text in LANGUAGES.items():  # each in its own letters
+        assert sum(c.isascii() for c in text) < 0.98 * len(text), name
+
+
+def test_cores() -> None:
+    assert 1 <= tok_eval.cores() <= (os.cpu_count() or 1)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from nanochat import dataset
 from nanochat.common import UserError, read_jsonl
+from nanochat.dataset import text_size
 from nanochat.tokenizer import get_tokenizer
 from scripts import tok_train
-from scripts.tok_train import Args
+from scripts.tok_train import Args, Corpus, Meter
 from tests.tokenizers_for_tests import TEXT, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,6 +67,146 @@ def test_max_chars_and_doc_cap_limit_what_is_read(base: Path) -> None:
     assert metrics(base)["chars"] == 1000
     tok_train.main(Args(vocab_size=300, doc_cap=10))
     assert metrics(base)["chars"] == sum(min(10, len(line)) for line in TEXT.splitlines())
+
+
+def parquet(path: Path, texts: list[str], **options: Any) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"text": pa.array(texts, **options)}), path, row_group_size=40)
+    return path
+
+
+def cut_slowly(texts: list[str], max_chars: int, doc_cap: int) -> list[str]:
+    """What counts of the texts, one by one."""
+    kept: list[str] = []
+    for text in texts:
+        kept.append(text[:doc_cap][: max_chars - sum(map(len, kept))])
+        if sum(map(len, kept)) >= max_chars:
+            break
+    return kept
+
+
+NASTY = [
+    "",
+    "naïve é",
+    "안녕하세요 세계",
+    "🙂👩‍👩‍👧🇩🇪",
+    "e\u0301" * 9,
+    "plain text",
+    "\n",
+    "",
+    "x" * 30,
+] * 3
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+def test_arrow_arrays_are_cut_as_their_texts_are(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: pa.DataType
+) -> None:
+    monkeypatch.setattr(dataset, "PARQUET_BATCH", 8)
+    folder = tmp_path / "arrow"
+    parquet(folder / "a.parquet", NASTY[:11], type=kind)
+    parquet(folder / "b.parquet", NASTY[11:], type=kind)
+    parquet(folder / "c.parquet", ["validation"])
+    total = sum(map(len, NASTY))
+    for doc_cap in (1, 7, 10_000):
+        for max_chars in (1, 2, 8, 9, 50, 77, 78, total - 1, total, total + 1):
+            corpus = Corpus(Args(max_chars=max_chars, doc_cap=doc_cap, data=str(folder)))
+            items = list(corpus)
+            texts = [t for item in items for t in ([item] if isinstance(item, str) else item)]
+            texts = [str(text) for text in texts]
+            expected = cut_slowly(NASTY, max_chars, doc_cap)
+            assert (texts, corpus.checked) == (expected, expected)
+            assert (corpus.docs, corpus.chars) == (len(expected), sum(map(len, expected)))
+    assert all(isinstance(item, pa.Array) for item in items)  # where nothing ended early
+
+
+def test_parquet_gives_the_same_tokenizer_as_lines_of_json(base: Path, tmp_path: Path) -> None:
+    parquet(tmp_path / "arrow" / "a.parquet", TEXT.splitlines())
+    parquet(tmp_path / "arrow" / "b.parquet", ["validation words"])
+    for limits in ({}, {"max_chars": 2000}, {"doc_cap": 50}):
+        trained = []
+        for data in (None, str(tmp_path / "arrow")):
+            tok_train.main(Args(vocab_size=500, data=data, **limits))
+            row = {k: v for k, v in metrics(base).items() if k not in ("seconds", "time")}
+            trained.append((get_tokenizer().fingerprint, row))
+        assert trained[0] == trained[1]
+
+
+PEAK = """
+import sys
+from nanochat.tokenizer import Tokenizer
+from scripts.tok_train import Args, Corpus
+corpus = Corpus(Args(data=sys.argv[1]))
+Tokenizer.train(corpus, 500)
+status = dict(line.split(":") for line in open("/proc/self/status"))
+print(corpus.chars, int(status["VmHWM"].split()[0]) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    peaks = {}
+    for copies in (2, 16):
+        texts = [TEXT[:1000] for _ in range(8192)] * copies  # 8 MB a copy
+        folder = tmp_path / str(copies)
+        parquet(folder / "b.parquet", ["validation"])
+        pq.write_table(pa.table({"text": texts}), folder / "a.parquet", use_dictionary=False)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(folder)], cwd=ROOT, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        chars, peaks[copies] = map(int, done.stdout.split())
+        assert chars == 8_192_000 * copies
+    assert peaks[16] - peaks[2] < 40, "MiB, of 115 MB more text"
+
+
+def test_where_rustbpe_is_the_older_one_it_gets_strings(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyPI's 0.1.0 knows neither Arrow nor progress. (tests/test_setup.py runs it where it is.)"""
+    import rustbpe
+
+    class Old:
+        def __init__(self) -> None:
+            self.real = rustbpe.Tokenizer()
+            self.get_mergeable_ranks = self.real.get_mergeable_ranks
+
+        def train_from_iterator(self, iterator: Any, vocab_size: int, pattern: str) -> None:
+            texts = list(iterator)
+            assert all(type(text) is str for text in texts)
+            self.real.train_from_iterator(texts, vocab_size, pattern=pattern)
+
+    parquet(tmp_path / "arrow" / "a.parquet", TEXT.splitlines())
+    parquet(tmp_path / "arrow" / "b.parquet", ["validation words"])
+    tok_train.main(Args(vocab_size=400, data=str(tmp_path / "arrow")))
+    ours = get_tokenizer().fingerprint
+    monkeypatch.setitem(sys.modules, "rustbpe", types.SimpleNamespace(Tokenizer=Old))  # type: ignore[arg-type]
+    tok_train.main(Args(vocab_size=400, data=str(tmp_path / "arrow")))
+    assert get_tokenizer().fingerprint == ours
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_or_lines(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")  # for rich, a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(tok_train, "LINE_SECONDS", 0.0)
+    corpus = Corpus(Args(data=None, max_chars=1000))
+    meter = Meter(corpus)
+    with meter.bar:
+        for _ in zip(corpus, range(3)):
+            pass
+        meter("count", 12345, 0)
+        meter.bar.refresh()
+        meter("merge", 100, 400)
+    said = capsys.readouterr().out
+    assert f"reading: {corpus.docs} documents, 0M characters" in said
+    assert "merging: 100 of 400 tokens" in said and "25%" in said
+    assert ("━" in said) == terminal
+    share = max(corpus.chars / 1000, corpus.chars / text_size(base / "base_data" / "a.jsonl"))
+    assert f"{share:.0%}" in said
 
 
 def test_own_data_of_one_file_keeps_its_validation_part_out(base: Path, tmp_path: Path) -> None:
