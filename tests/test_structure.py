@@ -32,6 +32,7 @@ FLOORS = {
     ),
     **dict.fromkeys(["schedule", "vocabulary"], 0.5),
     "hub": 0.75,
+    "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
     "tokenizer": 1.5,
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks"], 2),
