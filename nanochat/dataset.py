@@ -19,17 +19,23 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from nanochat import flags
-from nanochat.common import UserError, get_base_dir, print0, read_json, read_jsonl, write_json
-from nanochat.download import Patience, Remote
+from nanochat.common import UserError, get_base_dir, print0, read_jsonl, write_json
+from nanochat.download import Patience
 from nanochat.hub import Hub, fetch_files
+from nanochat.shards import (
+    DEFAULT_REPO,
+    SHARD_BYTES,
+    check_parquet,
+    claim_folder,
+    last_shard,
+    pins_path,
+    plan_shards,
+    read_pins,
+)
 
-DEFAULT_REPO = "karpathy/fineweb-edu-100b-shuffle"
-LAST_SHARD = 1822  # of the default data set: validation, by name
-SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
-SHARD_BYTES = 100_000_000  # about, where the server does not say
 ROW_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*ROW_SUFFIXES, ".txt")
 VAL_ONE_IN = 50  # a data set of one file gives every 50th document, by hash, to validation
@@ -130,22 +136,13 @@ def split_files(
     return TextFiles(train, val, by_hash)
 
 
-def _pins_path() -> Path:
-    return get_base_dir() / "validation_files.json"
-
-
-def _read_pins() -> dict[str, dict[str, Any]]:
-    """Folder or glob -> its validation file, by name; "base_data" for the downloaded text."""
-    return read_json(_pins_path()) if _pins_path().exists() else {}
-
-
 def _pinned_val(data: str | None, files: list[Path]) -> tuple[Path, bool]:
     """The validation file of a folder or glob, and whether it is split by document hash: as
     recorded at its first use, which is now if there is no record."""
-    pins = _read_pins()
+    pins = read_pins()
     where = _where(data).absolute()
     key = "base_data" if where == _where(None).absolute() else str(where)  # the base may move
-    last_shards = [f for f in files if f.name == shard_name(LAST_SHARD)]
+    last_shards = [f for f in files if f.name == last_shard()]
     downloaded = "repo" in pins.get(key, {})  # and so its last shard is known, whatever it is
     if len(last_shards) == 1 and len(files) > 1 and not downloaded:
         return last_shards[0], False
@@ -155,14 +152,14 @@ def _pinned_val(data: str | None, files: list[Path]) -> tuple[Path, bool]:
     if key not in pins:
         first_choice = _last_held_out(files)
         pins[key] = {"file": names[files.index(first_choice)], "by_hash": len(files) == 1}
-        write_json(_pins_path(), pins)
+        write_json(pins_path(), pins)
     pin = pins[key]
     if pin["file"] not in names:
-        mend = f"Put it back, or name another by --val_data (the pin is in {_pins_path()})"
+        mend = f"Put it back, or name another by --val_data (the pin is in {pins_path()})"
         if downloaded:
             mend = (
                 f"Finish the download: python -m nanochat.dataset --repo={pin['repo']} -n 8 (for "
-                f"data from elsewhere, delete the entry {key} in {_pins_path()})"
+                f"data from elsewhere, delete the entry {key} in {pins_path()})"
             )
         raise UserError(f"{where} has {pin['file']} as its validation file, which is gone. {mend}")
     return files[names.index(pin["file"])], pin["by_hash"]
@@ -329,79 +326,6 @@ class Args:
     """Seconds of silence that count as a failure."""
 
 
-def shard_name(index: int) -> str:
-    """The file name of a shard of the default data set."""
-    return f"shard_{index:05d}.parquet"
-
-
-def check_parquet(path: Path) -> None:
-    """Raises ValueError if the file has no readable parquet footer."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError) as e:
-        with open(path, "rb") as f:
-            raise ValueError(f"not a parquet file: {e} (it begins with {f.read(16)!r})") from e
-
-
-def plan_shards(hub: Hub, num_files: int) -> tuple[dict[str, Remote], str]:
-    """(the shards to have, with what is known of each; the validation shard among them).
-
-    Raises UserError for a data set without shards."""
-    ours = hub.repo == DEFAULT_REPO
-    try:  # of another data set, nothing else says which shard is the last
-        listing = hub.list_files(min(2, hub.patience.tries) if ours else hub.patience.tries)
-    except UserError:
-        if not ours:
-            raise
-        listing = None
-    if listing is None:  # a mirror that only serves files: taken to be laid out as the default
-        listing = {shard_name(i): Remote() for i in range(LAST_SHARD + 1)}
-    shards = sorted(name for name in listing if SHARD_NAME.fullmatch(name))
-    # Once it has been said which one is validation, shards that are added never move it
-    pin = _read_pins().get("base_data", {})
-    known = pin.get("repo") == hub.repo
-    last = pin["file"] if known else max(shards, default="")
-    val = shard_name(LAST_SHARD) if ours else last
-    train = [name for name in shards if name != val]
-    if not train:
-        found = ", ".join(sorted(listing)[:8]) or "nothing"
-        raise UserError(
-            f"--repo={hub.repo} holds no files shard_00000.parquet, shard_00001.parquet and so on; "
-            f"found {found}"
-        )
-    names = [val, *(train if num_files == -1 else train[:num_files])]
-    return {name: listing.get(name, Remote()) for name in names}, val
-
-
-def _claim_folder(folder: Path, repo: str, files: dict[str, Remote], val: str) -> None:
-    """Records which data set base_data/ holds and which of its files is validation.
-
-    Raises UserError rather than mix two data sets."""
-    pins = _read_pins()
-    there = [path for path in folder.glob("*.parquet") if SHARD_NAME.fullmatch(path.name)]
-    owner = pins.get("base_data", {}).get("repo", DEFAULT_REPO) if there else repo
-    strange = [
-        path.name
-        for path in there
-        if path.name in files and files[path.name].size not in (None, path.stat().st_size)
-    ]
-    if owner != repo:
-        raise UserError(
-            f"{folder} holds shards of {owner}; those of {repo} must not mix with them. Move them "
-            "away, or use another NANOCHAT_BASE_DIR"
-        )
-    if strange:
-        raise UserError(
-            f"{folder} holds {', '.join(strange[:5])} of another size than {repo} has: from "
-            "elsewhere, or damaged. Move them away, or use another NANOCHAT_BASE_DIR"
-        )
-    pins["base_data"] = {"file": val, "by_hash": False, "repo": repo}
-    write_json(_pins_path(), pins)
-
-
 def main(args: Args) -> None:
     if args.num_files < -1 or args.num_files == 0:
         raise UserError(f"-n {args.num_files}: use a positive number of shards, or -1 for all")
@@ -410,7 +334,7 @@ def main(args: Args) -> None:
     hub = Hub(args.repo, Patience(args.tries, args.timeout))
     files, val = plan_shards(hub, args.num_files)
     folder = get_base_dir() / "base_data"
-    _claim_folder(folder, args.repo, files, val)
+    claim_folder(folder, args.repo, files, val)
     outcome = fetch_files(hub, files, folder, check_parquet, args.num_workers, SHARD_BYTES)
     print0(
         f"{folder}: {len(outcome.there)} shards were there, {len(outcome.fetched)} fetched "

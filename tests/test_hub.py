@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset, flags
+from nanochat import dataset, flags, shards
 from nanochat.common import UserError
-from nanochat.dataset import DEFAULT_REPO, iter_texts, shard_name, split_files, val_file
+from nanochat.dataset import iter_texts, split_files, val_file
 from nanochat.hub import Meter
+from nanochat.shards import DEFAULT_REPO, shard_name
 from tests.conftest import REPO
 from tests.servers_for_tests import FileServer, drip, fail, html, redirect, reset, stall, truncate
 
@@ -68,7 +69,7 @@ class FakeHub(FileServer):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The default data set, of five shards, on a server without a listing."""
-    monkeypatch.setattr(dataset, "LAST_SHARD", 4)
+    monkeypatch.setattr(shards, "LAST_SHARD", 4)
     with FakeHub(DEFAULT_REPO, [shard_name(i) for i in range(5)]) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
         yield server
@@ -139,7 +140,7 @@ def test_another_data_set_has_a_last_shard_of_its_own(other: FakeHub, own_base_d
 def test_the_recorded_shard_counts_for_more_than_the_default_name(
     other: FakeHub, own_base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "LAST_SHARD", 1)
+    monkeypatch.setattr(shards, "LAST_SHARD", 1)
     cli("-n", "3", "--repo=me/mine")
     assert split_files().val.name == shard_name(6)
     (own_base_dir / "base_data" / shard_name(6)).unlink()
@@ -404,8 +405,8 @@ def test_on_a_terminal_it_is_live(hub: FakeHub, own_base_dir: Path) -> None:
     pty = pytest.importorskip("pty")
     main, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", "from nanochat import dataset, flags; dataset.LAST_SHARD = 4; "
-         "flags.run(dataset.main, dataset.Args, ['-n', '2'])"],
+        [sys.executable, "-c", "from nanochat import dataset, flags, shards; "
+         "shards.LAST_SHARD = 4; flags.run(dataset.main, dataset.Args, ['-n', '2'])"],
         cwd=REPO, env={**os.environ, "HF_ENDPOINT": hub.url, "TERM": "xterm", "COLUMNS": "100"},
         stdout=terminal, stderr=terminal,
     )  # fmt: skip

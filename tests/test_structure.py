@@ -32,6 +32,7 @@ FLOORS = {
     ),
     **dict.fromkeys(["manifest", "schedule", "threads", "vocabulary"], 0.5),
     **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
+    "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
     **dict.fromkeys(["token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks", "text_source"], 2),
