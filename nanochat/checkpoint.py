@@ -5,16 +5,14 @@ Checkpoints: one format for every stage, whole or not there, and no pickle.
         model.safetensors    weights
         optim.safetensors    optimizer state, independent of the number of ranks
         meta.json            model config, tokenizer, arguments, training state
-        manifest.json        size and SHA-256 of the files above
+        manifest.json        size and SHA-256 of the files above, and of itself
 
-A checkpoint is written to a temporary folder, flushed, and renamed. Loading compares the manifest
-first. Floor 3.
+A checkpoint is written to a temporary folder, flushed, and renamed: a kill at any moment leaves it
+there or not. Loading compares the manifest first. Floor 3.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.common import UserError, get_base_dir, print0, read_json, warn0, write_json
 from nanochat.distributed import barrier, rank_and_world
+from nanochat.manifest import find_damage, flush, read_manifest, seal
 from nanochat.models import build_model, config_from_dict, config_to_dict
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
@@ -49,8 +48,12 @@ def stage_dir(source: str) -> Path:
     return get_base_dir() / STAGE_FOLDERS[source]
 
 
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
 def step_dir(source: str, tag: str, step: int) -> Path:
-    return stage_dir(source) / tag / f"step_{step:06d}"
+    return stage_dir(source) / tag / step_name(step)
 
 
 def list_steps(source: str, tag: str) -> list[int]:
@@ -116,141 +119,168 @@ def save_checkpoint(
     """Writes one checkpoint (rank 0; the others wait), keeping `keep_last` of the steps up to it.
 
     `meta` must be JSON; the step and the model's config are added. Raises UserError when the disk
-    is too small."""
+    is too small. Trainer.save does the same in the background."""
     folder = step_dir(source, tag, step)
     if rank_and_world()[0] == 0:
-        weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-        config = config_to_dict(model.config)
-        _write(folder, weights, optim_state, {**meta, "step": step, "config": config})
-        if keep_last > 0:
-            # Later steps are of another run with this tag; they must not push out what is new.
-            for old in [s for s in list_steps(source, tag) if s <= step][:-keep_last]:
-                _discard(step_dir(source, tag, old))
+        full = {**meta, "step": step, "config": config_to_dict(model.config)}
+        write_checkpoint(folder, snapshot(model.state_dict()), optim_state, full, keep_last)
     barrier()
     return folder
 
 
-def set_aside(source: str, tag: str) -> None:
-    """Moves all checkpoints of a tag to .old/<tag>, in place of what was moved there before."""
-    if list_steps(source, tag):
-        old = stage_dir(source) / ".old" / tag
-        shutil.rmtree(old, ignore_errors=True)
-        old.parent.mkdir(exist_ok=True)
-        (stage_dir(source) / tag).rename(old)
-        print0(f"the earlier checkpoints of {tag} are in {old} now")
+def snapshot(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in the host's memory, also of what is there already: training goes on while they are
+    written."""
+    return {
+        name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
 
 
-def _write(
+def write_checkpoint(
     folder: Path,
     weights: dict[str, torch.Tensor],
     optim_state: dict[str, torch.Tensor],
     meta: dict[str, Any],
+    keep_last: int = -1,
 ) -> None:
-    for left in folder.parent.glob(".step_*.tmp"):  # by a save or a removal that was killed
-        shutil.rmtree(left)
+    """Writes tensors that nobody changes meanwhile. On any error what was there stays as it was.
+
+    Raises UserError, with what is needed and what is free, when the disk is too small."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tidy(folder.parent)
     tmp = folder.with_name(f".{folder.name}.tmp")
-    tmp.mkdir(parents=True)
     need = sum(t.nbytes for part in (weights, optim_state) for t in part.values())
-    free = shutil.disk_usage(tmp).free
-    if free < need * 1.05:
-        tmp.rmdir()
-        raise UserError(
-            f"the checkpoint {folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            "free some space or lower --keep_last. Earlier checkpoints are untouched."
-        )
-    save_file(weights, tmp / "model.safetensors")
-    # safetensors takes no views
-    save_file({k: v.contiguous() for k, v in optim_state.items()}, tmp / "optim.safetensors")
-    write_json(tmp / "meta.json", {"format": FORMAT, **meta})
-    write_json(tmp / "manifest.json", {name: _measure(tmp / name) for name in FILES})
-    for path in (*(tmp / name for name in FILES), tmp):
-        _flush(path)
-    if folder.exists():  # the same step again, after a resume: replace it
-        _discard(folder, tmp)
-    else:
-        tmp.rename(folder)
-    _flush(folder.parent)
-
-
-def _discard(folder: Path, replacement: Path | None = None) -> None:
-    """Removes a checkpoint: out of the way by one rename first, so that none is ever half there."""
-    old = folder.with_name(f".{folder.name}.old.tmp")
-    folder.rename(old)
-    if replacement is not None:
-        replacement.rename(folder)
-    shutil.rmtree(old)
-
-
-def _measure(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as f:
-        return {"size": path.stat().st_size, "sha256": _sha256(f)}
-
-
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 22):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync of a file or (where the system allows it) a folder."""
-    fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
-    except OSError as e:
-        if not path.is_dir():
-            raise OSError(f"could not flush {path} to disk: {e}") from e
-    finally:
-        os.close(fd)
+        tmp.mkdir()
+        if shutil.disk_usage(tmp).free < need * 1.05:
+            raise OSError("the disk is too full")
+        save_file(weights, tmp / "model.safetensors")
+        # safetensors takes no views
+        save_file({k: v.contiguous() for k, v in optim_state.items()}, tmp / "optim.safetensors")
+        write_json(tmp / "meta.json", {"format": FORMAT, **meta})
+        seal(tmp, FILES)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free
+        raise UserError(
+            f"the checkpoint {folder} could not be written: {e}. It needs {_size(need)} and "
+            f"{_size(free)} are free; free some space or lower --keep_last. Earlier "
+            "checkpoints are untouched"
+        ) from e
+    _publish(tmp, folder)
+    prune(folder, keep_last)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Removes all but `keep_last` of the checkpoints up to this one (-1: none). Later ones are of
+    another run with this tag: they must not push out what is new. Rank 0 only."""
+    steps = [s for s in _steps_in(folder.parent) if s <= _number(folder)]
+    for old in steps[:-keep_last] if keep_last > 0 else []:
+        _discard(folder.with_name(step_name(old)))
+
+
+def _publish(tmp: Path, folder: Path) -> None:
+    """Gives a whole checkpoint its name. The same step, if it is there, steps aside for a moment:
+    tidy() puts it back should we be killed just then."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
+    flush(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _discard(folder: Path) -> None:
+    """Removes a checkpoint: out of the way by one rename first, so that none is ever half there."""
+    tmp = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(tmp)
+    shutil.rmtree(tmp)
+
+
+def tidy(folder: Path) -> None:
+    """Clears what killed saves and removals left among a tag's checkpoints (rank 0)."""
+    for old in folder.glob(".step_*.old"):
+        final = folder / old.name[1 : -len(".old")]
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+    for tmp in folder.glob(".step_*.tmp"):
+        print0(f"{tmp} is an unfinished checkpoint: removed")
+        shutil.rmtree(tmp)
+
+
+def set_aside(source: str, tag: str, after: int = -1) -> None:
+    """Moves a tag's checkpoints later than step `after` to .old/<tag>; without it all of them, in
+    place of what was moved there before. Rank 0 only."""
+    later = [s for s in list_steps(source, tag) if s > after]
+    if not later:
+        return
+    old = stage_dir(source) / ".old" / tag
+    if after < 0:
+        shutil.rmtree(old, ignore_errors=True)
+    old.mkdir(parents=True, exist_ok=True)
+    for step in later:
+        shutil.rmtree(old / step_name(step), ignore_errors=True)
+        step_dir(source, tag, step).rename(old / step_name(step))
+    print0(f"the earlier checkpoints of {tag}, steps {later}, are in {old} now")
 
 
 # -------------------------------------------------------------------------------------------------
 # Reading
 
 
+def newest_whole(source: str, tag: str) -> int:
+    """The last step whose checkpoint is undamaged; -1 if the tag has no checkpoint at all."""
+    steps = list_steps(source, tag)
+    for step in reversed(steps):
+        problem = find_damage(step_dir(source, tag, step), FILES)
+        if problem is None:
+            return step
+        warn0(f"{step_dir(source, tag, step)} is damaged and passed over: {problem}")
+    if steps:
+        raise UserError(
+            f"none of the checkpoints in {stage_dir(source) / tag} is whole (steps {steps}); "
+            "remove them, or leave --resume away to start again"
+        )
+    return -1
+
+
 def check_manifest(folder: Path) -> None:
-    """Compares every file with the manifest. Raises UserError naming the file that differs."""
-    problem = _find_damage(folder)
+    """Compares every file with the manifest. Raises UserError naming the file that differs, and
+    the newest whole checkpoint before it."""
+    problem = find_damage(folder, FILES)
     if problem is None:
         return
-    this = STEP_NAME.fullmatch(folder.name)
-    steps = [s for s in _steps_in(folder.parent) if this and s < int(this.group(1))]
-    offer = (
-        f"an earlier one is there: --step={steps[-1]} (training: --resume_from_step={steps[-1]})"
-        if steps
-        else "no earlier one is there"
-    )
+    offer = "no earlier whole one is there"
+    for step in reversed(_steps_in(folder.parent)):
+        if step < _number(folder) and not find_damage(folder.with_name(step_name(step)), FILES):
+            offer = f"an earlier one is whole: --step={step} (training: --resume_from_step={step})"
+            break
     raise UserError(f"checkpoint {folder} is damaged: {problem}; {offer}")
 
 
-def _find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, if anything is."""
-    if not (folder / "manifest.json").exists():
-        return "manifest.json is missing"
-    try:
-        manifest = {
-            name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])}
-            for name, entry in read_json(folder / "manifest.json").items()
-        }
-    except (UserError, AttributeError, LookupError, TypeError, ValueError):
-        return "manifest.json was altered"
-    if sorted(manifest) != sorted(FILES):
-        return f"manifest.json was altered (it lists {', '.join(manifest)})"
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
-        if _measure(path) != expected:
-            return f"{name} was altered (its SHA-256 differs)"
-    return None
+def _number(folder: Path) -> int:
+    """The step in a checkpoint's name; -1 if it has another name."""
+    match = STEP_NAME.fullmatch(folder.name)
+    return int(match.group(1)) if match else -1
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The metadata of a checked checkpoint."""
-    check_manifest(folder)
+def weights_id(folder: Path) -> str:
+    """16 digits that stand for a checkpoint's weights: two of the same are the same weights."""
+    return (read_manifest(folder) or {})["model.safetensors"]["sha256"][:16]
+
+
+def read_meta(folder: Path, check: bool = True) -> dict[str, Any]:
+    """The metadata of a checkpoint, whose files are compared with the manifest first."""
+    if check:
+        check_manifest(folder)
     meta = read_json(folder / "meta.json")
     if meta.get("format") != FORMAT:
         raise UserError(f"{folder} has checkpoint format {meta.get('format')}, this is {FORMAT}")
@@ -313,9 +343,3 @@ def load_model(
     load_weights(folder, model)
     model.eval()
     return model, tokenizer, {**meta, "tag": folder.parent.name, "folder": str(folder)}
-
-
-def warn_if_unfinished(source: str, tag: str) -> None:
-    """Mentions what a killed save left behind; it is never read and the next save clears it."""
-    for tmp in (stage_dir(source) / tag).glob(".step_*.tmp"):
-        warn0(f"{tmp} is an unfinished checkpoint and is ignored")

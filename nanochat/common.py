@@ -6,12 +6,11 @@ Floor 0: imports nothing of nanochat.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import io
 import json
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,21 +81,30 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
-    """Yields (line number from 1, value) for each non-empty line of a .jsonl or .jsonl.gz file.
+    """Yields (line number from 1, value) for each non-empty line of a .jsonl, .jsonl.gz or
+    .jsonl.zst file.
 
     Errors name file and line."""
-    opener: Any = gzip.open if os.fspath(path).endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as f:
+    name = os.fspath(path)
+    packed = name.endswith((".gz", ".zst"))
+    number = 0
+    with _unpacked(name) if packed else open(name, encoding="utf-8") as f:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     yield number, json.loads(line)
         except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 text: {e}") from e
+            raise UserError(f"{path}: after line {number} it is not UTF-8 text: {e}") from e
         except ValueError as e:
             raise UserError(f"{path}:{number}: not valid JSON: {e}") from e
-        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise UserError(f"{path} is not a whole gzip file: {e}") from e
+        except OSError as e:
+            raise UserError(f"{path} cannot be unpacked: {e}") from e
+
+
+def _unpacked(path: str) -> io.TextIOWrapper:
+    import pyarrow as pa  # knows gzip and zstd; the standard library has no zstd yet
+
+    return io.TextIOWrapper(pa.input_stream(path, compression="detect"), encoding="utf-8")
 
 
 def append_jsonl(path: str | os.PathLike[str], row: dict[str, Any]) -> None:

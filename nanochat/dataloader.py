@@ -1,145 +1,74 @@
 """
 Rows of tokens for training, in an order that is a pure function.
 
-A source (a text shard, or all conversations of a mixture) is tokenized once into flat ids with
-document offsets. A packing plan fits documents into rows of T + 1 tokens: every row starts at the
-beginning of a document, the best fitting one comes next. Row i of a run depends on (data, seed, i)
-alone. A step takes the next rows, a rank its slice, so resuming is exact at any number of ranks and
-the state is one integer, plus a bookmark that saves looking at earlier shards again. Floor 2.
+A source gives tokenized documents shard by shard: text (text_source.py), or all conversations of a
+mixture. A packing plan (packing.py) makes rows of T + 1 tokens of them, each beginning with bos.
+Row i of a run depends on (data, seed, i) alone. A step takes the next rows, a rank its slice, so
+resuming is exact at any number of ranks and the state is one integer, plus a bookmark that saves
+looking at earlier shards again. Floor 2.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import shutil
-import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.common import (
-    UserError,
-    atomic_write,
-    fingerprint,
-    get_base_dir,
-    read_json,
-    seed_from,
-    write_json,
-)
-from nanochat.dataset import Keep, iter_texts
-from nanochat.packing import Documents, Plan, pack
+from nanochat.common import UserError, print0, seed_from
+from nanochat.packing import Documents, Plan, pack, show_rows
+from nanochat.threads import in_thread
 
-MIN_SHARD = 8 << 20  # bytes: smaller files are packed together, or each would waste its last row
 IGNORE = -1  # target that carries no loss
 TOO_LITTLE = "the data does not fill one row of {} tokens; lower --max_seq_len or name more data"
 
 
 class Source(Protocol):
-    """Something that gives Documents shard by shard."""
+    """Something that gives Documents shard by shard. Most are at hand at once; text is not."""
 
     fingerprint: str
-    crop: bool  # fill rows by cropping a document (text), or pad them (conversations)
+    cut: bool  # documents may be cut to fill rows (text), or stay whole in padded rows
 
     def num_shards(self) -> int: ...
+
     def load(self, shard: int) -> Documents: ...
 
+    def tokens(self, shard: int) -> int:
+        """How many tokens a shard has, or about how many."""
+        return 0
 
-# -------------------------------------------------------------------------------------------------
-# Sources
+    def check_disk(self, shards: Sequence[int]) -> None:
+        """UserError if there is no room to prepare these shards."""
+        return
 
-
-class TextSource:
-    """Text files, each (small ones together) tokenized once into memory-mapped ids on disk."""
-
-    crop = True
-
-    def __init__(
-        self, files: Sequence[Path], tokenizer: Any, keep: Keep = "all", cache: Path | None = None
-    ) -> None:
-        self.shards, self.tokenizer, self.keep = _group(files), tokenizer, keep
-        self.cache = cache or get_base_dir() / "token_cache"
-        # What a shard's ids depend on. The names of the files do not matter, their order does.
-        self.keys = [
-            fingerprint(tokenizer.fingerprint, keep, *map(_file_fingerprint, shard))
-            for shard in self.shards
-        ]
-        self.fingerprint = fingerprint(*self.keys)
-
-    def num_shards(self) -> int:
-        return len(self.shards)
-
-    def load(self, shard: int) -> Documents:
-        name = self.shards[shard][0].name.split(".")[0]
-        folder = self.cache / f"{name}-{self.keys[shard]}"
-        return _open_documents(folder) or self._prepare(self.shards[shard], folder)
-
-    def _prepare(self, paths: list[Path], folder: Path) -> Documents:
-        """Tokenizes files into a temporary folder, then renames it: all of it, or nothing."""
-        bos = self.tokenizer.get_bos_token_id()
-        chunks: list[np.ndarray] = []
-        lengths: list[np.ndarray] = []
-        for path in paths:
-            before = len(lengths)
-            for texts in _batched(iter_texts([path], keep=self.keep), 2048):
-                ids, offsets = self.tokenizer.encode_batch(texts, prepend=bos)
-                chunks.append(ids)
-                lengths.append(np.diff(offsets))
-            if len(lengths) == before and self.keep == "all":
-                raise UserError(f"{path} holds no documents; remove it or name others")
-        if not lengths:
-            raise UserError(
-                f"{paths[0]} has too few documents to give some to training and some to "
-                "validation; add text, or name a validation file by --val_data"
-            )
-        tmp = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with atomic_write(tmp / "ids.npy") as f:
-                np.save(f, np.concatenate(chunks))
-            with atomic_write(tmp / "offsets.npy") as f:
-                offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
-                np.save(f, offsets)
-            meta = {"documents": len(offsets) - 1, "tokens": int(offsets[-1])}
-            write_json(tmp / "meta.json", meta)
-            try:
-                tmp.rename(folder)
-            except OSError:  # another process was faster (its copy is the same), or a torn one
-                if _open_documents(folder) is None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    tmp.rename(folder)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
-        documents = _open_documents(folder)
-        if documents is None:
-            raise UserError(f"{folder} was damaged right after it was written; check the disk")
-        return documents
+    def prepare_ahead(self, shards: Sequence[int]) -> None:
+        """Begins to prepare these shards in the background, in this order."""
+        return
 
 
-class ConversationSource:
+class ConversationSource(Source):
     """Conversations of a task or mixture, rendered and masked, held in memory as one shard."""
 
-    crop = False
+    cut = False  # rows are padded
 
     def __init__(self, task: Any, tokenizer: Any, row_len: int) -> None:
-        self.kept, self.truncated, self.dropped = 0, 0, 0
+        # (conversations, 3) int64: its tokens, those in a row (0: dropped), those trained on
+        self.counts = np.zeros((len(task), 3), dtype=np.int64)
         ids_list, trained_list, lengths = [], [], []
         dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
         for i in range(len(task)):
             ids, mask = tokenizer.render_conversation(task[i])
             trained = tokenizer.trained_mask(ids, mask)
-            too_long = len(ids) > row_len
+            self.counts[i, 0] = len(ids)
             ids, trained = ids[:row_len], trained[:row_len]  # its beginning is kept
             if not any(trained):  # nothing to learn from: it would only take room
-                self.dropped += 1
                 continue
-            self.kept += 1
-            self.truncated += too_long
+            self.counts[i, 1:] = len(ids), sum(trained)
             ids_list.append(np.asarray(ids, dtype=dtype))
             trained_list.append(np.asarray(trained, dtype=np.uint8))
             lengths.append(len(ids))
@@ -157,59 +86,27 @@ class ConversationSource:
         digest.update(self.documents.offsets.tobytes())
         digest.update(self.documents.trained.tobytes())  # type: ignore[union-attr]
         self.fingerprint = digest.hexdigest()[:16]
+        self.row_len = row_len
+
+    def account(self) -> str:
+        """How many conversations were kept, cut and dropped, and why, in a sentence."""
+        whole, shown, _ = self.counts.T
+        dropped, long = shown == 0, whole > self.row_len
+        said = (
+            f"conversations: {(~dropped).sum():,} kept, of which {(~dropped & long).sum():,} "
+            f"cut to {self.row_len:,} tokens (--max_seq_len); {dropped.sum():,} dropped"
+        )
+        why = (
+            f", with nothing to learn from ({(dropped & long).sum():,}: the assistant's first "
+            f"word comes after the cut; {(dropped & ~long).sum():,}: it says nothing)"
+        )
+        return said + why if dropped.any() else said
 
     def num_shards(self) -> int:
         return 1
 
     def load(self, shard: int) -> Documents:
         return self.documents
-
-
-def _group(files: Sequence[Path]) -> list[list[Path]]:
-    """The files in order, as shards of at least MIN_SHARD bytes (the last one may be smaller)."""
-    shards: list[list[Path]] = []
-    size = MIN_SHARD
-    for path in files:
-        if size >= MIN_SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(path)
-        size += path.stat().st_size
-    return shards
-
-
-def _file_fingerprint(path: Path) -> str:
-    """Stands for the content of a file. Of parquet, size, head and tail do: the tail is its table
-    of contents. Of text, where one letter may be edited, every byte counts."""
-    if not path.name.endswith(".parquet"):
-        digest = hashlib.sha256()
-        with open(path, "rb") as f:
-            while chunk := f.read(1 << 22):
-                digest.update(chunk)
-        return digest.hexdigest()
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(1 << 16)
-        f.seek(max(0, size - (1 << 16)))
-        return fingerprint(str(size), head, f.read())
-
-
-def _open_documents(folder: Path) -> Documents | None:
-    """The tokenized documents in a cache folder; None where it is missing or torn."""
-    try:
-        meta = read_json(folder / "meta.json")
-        ids = np.load(folder / "ids.npy", mmap_mode="r")
-        offsets = np.load(folder / "offsets.npy")
-        whole = (len(ids), len(offsets) - 1, int(offsets[-1])) == (
-            meta["tokens"], meta["documents"], meta["tokens"],
-        )  # fmt: skip
-    except (OSError, ValueError, EOFError, LookupError, TypeError, UserError):
-        return None
-    return Documents(ids, offsets) if whole else None
-
-
-def _batched(items: Iterator[str], n: int) -> Iterator[list[str]]:
-    return iter(lambda: list(itertools.islice(items, n)), [])  # until a batch is empty
 
 
 # -------------------------------------------------------------------------------------------------
@@ -224,15 +121,47 @@ class Bookmark:
     first_row: int = 0
 
 
+@dataclass
+class _Shard:
+    """A shard that is open: its rows are those of the plan, in row_order."""
+
+    documents: Documents
+    plan: Plan
+    row_order: np.ndarray
+
+
 class RowReader:
     """Row i of the run, for any i (cheapest in ascending order)."""
 
-    def __init__(self, source: Source, row_len: int, seed: int, pad_id: int) -> None:
-        self.source, self.row_len, self.seed, self.pad_id = source, row_len, seed, pad_id
+    def __init__(self, source: Source, row_len: int, seed: int, bos: int) -> None:
+        self.source, self.row_len, self.seed, self.bos = source, row_len, seed, bos
         self.bookmark = Bookmark()
-        self._open: dict[int, tuple[Documents, Plan, np.ndarray]] = {}
-        self._ahead = ThreadPoolExecutor(1)
+        self._open: dict[int, _Shard] = {}
         self._next: tuple[int, Future[Any]] | None = None
+        self._expected = 0
+        self._opened: list[dict[str, Any]] = []
+
+    def expect(self, num_rows: int) -> None:
+        """Says how many rows the run will read. UserError if there is no room for the shards they
+        come from; when the first is read, preparing the others begins in the background."""
+        self._expected = num_rows
+        self.source.check_disk(self._shards_ahead())
+
+    def _shards_ahead(self) -> list[int]:
+        """The shards of the expected rows from the bookmark on, in order, and rather more."""
+        shards: dict[int, None] = {}
+        sequence, rows = self.bookmark.sequence, self.bookmark.first_row
+        while rows < self._expected and len(shards) < self.source.num_shards():
+            _, shard = self._shard_at(sequence)
+            shards[shard] = None
+            rows += self.source.tokens(shard) * 3 // 4 // self.row_len  # an estimate may be high
+            sequence += 1
+        return list(shards)
+
+    def opened(self) -> list[dict[str, Any]]:
+        """What packing did to each shard that was opened since the last call, for the log."""
+        opened, self._opened = self._opened, []
+        return opened
 
     def _shard_at(self, sequence: int) -> tuple[int, int]:
         """(epoch, shard) at a place in the endless sequence; each epoch has its own order."""
@@ -241,64 +170,103 @@ class RowReader:
         rng = np.random.default_rng(seed_from(self.seed, "shards", epoch))
         return epoch, int(rng.permutation(n)[k])
 
-    def _prepare(self, sequence: int) -> tuple[Documents, Plan, np.ndarray]:
+    def _prepare(self, sequence: int) -> _Shard:
         epoch, shard = self._shard_at(sequence)
         documents = self.source.load(shard)
         rng = np.random.default_rng(seed_from(self.seed, "documents", epoch, shard))
         order = rng.permutation(len(documents.lengths))
-        plan = pack(documents.lengths, order, self.row_len, self.source.crop)
-        return documents, plan, rng.permutation(len(plan))
+        plan = pack(documents.lengths, order, self.row_len, self.source.cut)
+        return _Shard(documents, plan, rng.permutation(len(plan)))
 
-    def _shard(self, sequence: int) -> tuple[Documents, Plan, np.ndarray]:
+    def _shard(self, sequence: int) -> _Shard:
         """The shard at a place, from the thread that prepares one ahead if it has it."""
-        if sequence not in self._open:
-            if self._next is not None and self._next[0] == sequence:
-                opened = self._next[1].result()
-            else:
-                opened = self._prepare(sequence)
-            self._open = {s: o for s, o in self._open.items() if s == sequence - 1}
-            self._open[sequence] = opened
-            self._next = (sequence + 1, self._ahead.submit(self._prepare, sequence + 1))
-        return self._open[sequence]
+        if sequence in self._open:
+            return self._open[sequence]
+        first_of_run = self._expected > 0
+        if first_of_run:
+            self.source.prepare_ahead(self._shards_ahead()[1:])
+            self._expected = 0
+        ahead, self._next = self._next, None
+        if ahead is not None and ahead[0] == sequence:
+            opened = ahead[1].result()
+        else:
+            opened = self._prepare(sequence)
+        self._open = {s: o for s, o in self._open.items() if s == sequence - 1}
+        self._open[sequence] = opened
+        epoch, shard = self._shard_at(sequence)
+        packed = opened.plan.summary(self.row_len)
+        self._opened.append({"epoch": epoch, "shard": shard, **packed})
+        if first_of_run:
+            print0(
+                f"packing: {packed['rows']:,} rows of {self.row_len:,} tokens in the first shard; "
+                f"{packed['cropped']:.2%} of its tokens cropped, {packed['continued']:.1%} in a "
+                "row that does not show their document's beginning"
+            )
+        return opened
 
-    def rows_per_epoch(self) -> int:
-        """Rows of the first epoch. Prepares every shard."""
-        return sum(len(self._prepare(k)[1]) for k in range(self.source.num_shards()))
+    def plan(self, sequence: int) -> tuple[Documents, Plan]:
+        """The documents of the shard at a place of the sequence, and the rows that they fill."""
+        shard = self._shard(sequence)
+        return shard.documents, shard.plan
 
-    def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows start .. start + count: (tokens, targets), each (count, T) int64.
-
-        Targets are the tokens one further on, -1 where nothing is learned."""
-        tokens = np.full((count, self.row_len), self.pad_id, dtype=np.int64)
-        trained = np.zeros((count, self.row_len), dtype=bool)
-        for r in range(count):
-            self._fill(start + r, tokens[r], trained[r])
-        targets = np.where(trained[:, 1:], tokens[:, 1:], IGNORE)
-        return tokens[:, :-1], targets
-
-    def _fill(self, row: int, tokens: np.ndarray, trained: np.ndarray) -> None:
+    def _find(self, row: int) -> tuple[_Shard, int]:
+        """The shard that holds a row of the run, and which of its rows that is."""
         if row < self.bookmark.first_row:
             self.bookmark = Bookmark()
         empty = 0  # shards in succession without a row; twice around covers an epoch of them all
         while True:
-            documents, plan, row_order = self._shard(self.bookmark.sequence)
-            local = row - self.bookmark.first_row
-            if local < len(plan):
+            shard = self._shard(self.bookmark.sequence)
+            local, size = row - self.bookmark.first_row, len(shard.plan)
+            if local < size:
                 break
-            empty = 0 if len(plan) else empty + 1
+            empty = 0 if size else empty + 1
             if empty >= 2 * self.source.num_shards():
                 raise UserError(TOO_LITTLE.format(self.row_len))
-            self.bookmark = Bookmark(self.bookmark.sequence + 1, row - local + len(plan))
-        r = row_order[local]
-        at = 0
-        for doc, length in plan.pieces[plan.starts[r] : plan.starts[r + 1]]:
-            first = documents.offsets[doc]
-            tokens[at : at + length] = documents.ids[first : first + length]
-            if documents.trained is None:
-                trained[at : at + length] = True
-            else:
-                trained[at : at + length] = documents.trained[first : first + length]
-            at += length
+            self.bookmark = Bookmark(self.bookmark.sequence + 1, row - local + size)
+        if local >= size // 2 and self._next is None:
+            after = self.bookmark.sequence + 1
+            self._next = (after, in_thread(self._prepare, after))
+        return shard, local
+
+    def rows_per_epoch(self) -> int:
+        """Rows of the first epoch. Prepares every shard."""
+        return sum(len(self._shard(k).plan) for k in range(self.source.num_shards()))
+
+    def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows start .. start + count: see read_rows."""
+        return self.read_rows(np.arange(start, start + count))
+
+    def read_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of ascending number: (tokens, targets), each (n, T) int64.
+
+        Targets are the tokens one further on, -1 where nothing is learned."""
+        parts = []
+        while len(rows):
+            shard, local = self._find(int(rows[0]))
+            local_rows = rows - rows[0] + local
+            here = int(np.searchsorted(local_rows, len(shard.plan)))
+            chosen = shard.row_order[local_rows[:here]]
+            parts.append(show_rows(shard.documents, shard.plan, chosen, self.row_len, self.bos))
+            rows = rows[here:]
+        tokens = np.concatenate([part[0] for part in parts])  # (n, T + 1)
+        targets = tokens[:, 1:]
+        if not self.source.cut:
+            trained = np.concatenate([part[1] for part in parts])
+            targets = np.where(trained[:, 1:], targets, IGNORE)
+        return tokens[:, :-1], targets
+
+    def boundaries(self, row: int) -> np.ndarray:
+        """Where the documents of a row begin among its T inputs, and T (int32): the cu_seqlens of
+        attention that is to stay within documents. Padding counts as one more document."""
+        shard, local = self._find(row)
+        r = shard.row_order[local]
+        ends = np.cumsum(shard.plan.pieces[shard.plan.starts[r] : shard.plan.starts[r + 1], 2])
+        T = self.row_len - 1
+        return np.unique(np.minimum([0, *ends, T], T)).astype(np.int32)
+
+
+# -------------------------------------------------------------------------------------------------
+# Steps
 
 
 @dataclass
@@ -308,6 +276,53 @@ class MicroBatch:
     idx: Tensor
     targets: Tensor
     weights: Tensor | None = None  # (B, T) float32, multiplies each token's loss
+
+
+class HostBuffer:
+    """A step's rows on their way to the device: memory of their own each time."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        self.rows = torch.empty(0)
+
+    def memory(self) -> Tensor:
+        """Where the next rows go: int64, of our shape."""
+        return torch.empty(self.shape, dtype=torch.int64)
+
+    def send(self) -> Tensor:
+        """The rows on the device."""
+        return self.rows.to(self.device)
+
+    def wait(self) -> None:
+        """Until the memory may be written again."""
+
+
+class PinnedBuffer(HostBuffer):
+    """The same memory each time, page-locked: a GPU copies from it while the program goes on. It
+    may be written again when the event behind the copy has happened."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        super().__init__(shape, device)
+        self.pinned, self.copied = self.allocate()
+
+    def allocate(self) -> tuple[Tensor, Any]:
+        """The memory and the event."""
+        return torch.empty(self.shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+
+    def memory(self) -> Tensor:
+        return self.pinned
+
+    def copy(self) -> Tensor:
+        """Queues a copy to the device and returns what it will be in."""
+        return self.pinned.to(self.device, non_blocking=True)
+
+    def send(self) -> Tensor:
+        on_device = self.copy()
+        self.copied.record()
+        return on_device
+
+    def wait(self) -> None:
+        self.copied.synchronize()
 
 
 class StepLoader:
@@ -321,12 +336,17 @@ class StepLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        buffer_class: type[HostBuffer] | None = None,
     ) -> None:
-        self.reader, self.rows_per_step, self.device = reader, rows_per_step, device
-        self.device_batch_size, self.rank, self.world_size = device_batch_size, rank, world_size
-        self._ahead = ThreadPoolExecutor(1)
+        self.reader, self.rows_per_step = reader, rows_per_step
+        self.rank, self.world_size = rank, world_size
         self._next: tuple[int, Future[Any]] | None = None
         self._bookmarks: dict[int, Bookmark] = {}  # where the reader stood before a step's rows
+        num_micro = rows_per_step // (device_batch_size * world_size)
+        shape = (2, num_micro, device_batch_size, reader.row_len - 1)  # (idx and targets, M, B, T)
+        buffer_class = buffer_class or (PinnedBuffer if device.type == "cuda" else HostBuffer)
+        # One is filled while the device may still copy from the other.
+        self._buffers = [buffer_class(shape, device) for _ in range(2)]
 
     def state(self, step: int) -> dict[str, int]:
         """What lets a resumed run open the right shard at once: the bookmark before `step`."""
@@ -336,30 +356,31 @@ class StepLoader:
         """Takes what state() gave. It saves time; the rows would be the same without."""
         self.reader.bookmark = Bookmark(**state)
 
-    def _rows(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _fill(self, buffer: HostBuffer, step: int) -> None:
+        """Reads this rank's rows of a step into a buffer."""
         earlier = {s: mark for s, mark in self._bookmarks.items() if s >= step - 2}
         self._bookmarks = {**earlier, step: self.reader.bookmark}
-        first = step * self.rows_per_step
-        size, stride = self.device_batch_size, self.device_batch_size * self.world_size
-        return [
-            self.reader.read(first + at + self.rank * size, size)
-            for at in range(0, self.rows_per_step, stride)
-        ]
+        buffer.rows = buffer.memory()
+        _, M, B, _ = buffer.shape
+        all_ranks = step * self.rows_per_step + np.arange(self.rows_per_step)
+        rows = all_ranks.reshape(M, self.world_size, B)[:, self.rank].reshape(-1)
+        for kind, values in zip(buffer.rows, self.reader.read_rows(rows)):
+            kind.view(M * B, -1).numpy()[:] = values
 
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's share of optimizer step `step`."""
-        if self._next is not None and self._next[0] == step:
-            rows = self._next[1].result()
-        else:
-            if self._next is not None:
-                self._next[1].result()  # the reader serves one caller at a time
-            rows = self._rows(step)
-        self._next = (step + 1, self._ahead.submit(self._rows, step + 1))
-        return [MicroBatch(self._to_device(x), self._to_device(y)) for x, y in rows]
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        # A fresh tensor each time: no buffer that a queued copy could still be reading.
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        full, free = self._buffers
+        ahead, self._next = self._next, None
+        if ahead is not None:
+            ahead[1].result()  # the reader serves one caller at a time
+        if ahead is None or ahead[0] != step:
+            full.wait()
+            self._fill(full, step)
+        batches = full.send()  # (2, M, B, T)
+        free.wait()  # here and not in the thread: a GPU's events belong to who uses the GPU
+        self._next = (step + 1, in_thread(self._fill, free, step + 1))
+        self._buffers = [free, full]
+        return [MicroBatch(idx, targets) for idx, targets in zip(*batches)]
 
 
 def eval_batches(
@@ -371,8 +392,7 @@ def eval_batches(
     num_rows = min(max(1, num_tokens // (reader.row_len - 1)), reader.rows_per_epoch())
     if num_rows == 0:
         raise UserError(f"validation: {TOO_LITTLE.format(reader.row_len)} by --val_data")
-    mine = range(rank, num_rows, world_size)
+    mine = np.arange(rank, num_rows, world_size)
     for at in range(0, len(mine), batch_size):
-        rows = [reader.read(i, 1) for i in mine[at : at + batch_size]]
-        x, y = (np.concatenate(parts) for parts in zip(*rows))
+        x, y = map(np.ascontiguousarray, reader.read_rows(mine[at : at + batch_size]))
         yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)

@@ -2,11 +2,12 @@
 Pretraining text: which files there are, which one is validation, and reading them.
 
     python -m nanochat.dataset -n 8          # the first 8 shards and the validation shard
-    python -m nanochat.dataset -n -1         # all 1,823
+    python -m nanochat.dataset -n -1 -w 8    # all 1,823, eight at a time
+    python -m nanochat.dataset -n 8 --repo=me/my-shards
 
 The default is karpathy/fineweb-edu-100b-shuffle: parquet shards of one string column `text`, about
 250M characters each, whose last shard (shard_01822) is always validation. Own data is a file, a
-folder or a glob of .parquet, .jsonl, .jsonl.gz or .txt, given by --data. Floor 1.
+folder or a glob of .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt, given by --data. Floor 1.
 """
 
 from __future__ import annotations
@@ -15,25 +16,39 @@ import glob
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from nanochat import flags
-from nanochat.common import UserError, get_base_dir, print0, read_json, read_jsonl, write_json
-from nanochat.download import download
+from nanochat.common import UserError, get_base_dir, print0, read_jsonl, write_json
+from nanochat.download import Patience
+from nanochat.hub import Hub, fetch_files
+from nanochat.shards import (
+    DEFAULT_REPO,
+    SHARD_BYTES,
+    check_parquet,
+    claim_folder,
+    last_shard,
+    pins_path,
+    plan_shards,
+    read_pins,
+)
 
-DEFAULT_REPO = "karpathy/fineweb-edu-100b-shuffle"
-LAST_SHARD = 1822  # of the default data set: validation, by name
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
+ROW_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*ROW_SUFFIXES, ".txt")
 VAL_ONE_IN = 50  # a data set of one file gives every 50th document, by hash, to validation
 PARQUET_BATCH = 8192  # texts read at a time, some tens of MB
 TXT_PIECE = 4000  # characters, about 1,000 tokens: a longer .txt is cut into documents of that size
 
 Keep = Literal["all", "train", "val"]
+
+# First words of file names that say what a file is for, in a folder that has a train file
+TRAIN_NAME = re.compile(r"train(ing)?(?![a-z])", re.IGNORECASE)
+HELD_OUT_NAMES = [
+    re.compile(rf"{word}(?![a-z])", re.IGNORECASE) for word in ("val(id(ation)?)?|dev", "test")
+]
 
 
 @dataclass(frozen=True)
@@ -44,23 +59,45 @@ class TextFiles:
     val: Path
     by_hash: bool = False
 
+    @property
+    def keep_train(self) -> Keep:
+        """Which documents of the training files are for training."""
+        return "train" if self.by_hash else "all"
 
-def find_files(data: str | None = None) -> list[Path]:
-    """The text files of a file, folder or glob (default: base_data/), sorted by name."""
+    @property
+    def keep_val(self) -> Keep:
+        """Which documents of the validation file are for validation."""
+        return "val" if self.by_hash else "all"
+
+    @property
+    def validation(self) -> str:
+        """What validation is, in words that do not depend on where the data lies."""
+        rule = f": 1 document in {VAL_ONE_IN}, by its hash" if self.by_hash else ""
+        return self.val.name + rule
+
+
+def find_files(data: str | None = None, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files of a file, folder or glob (default: base_data/), sorted by name."""
     path = _where(data)
+    ends = tuple(suffixes)
     if path.is_dir():
-        files = [p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.name[0] != "."]
+        files = [p for p in path.iterdir() if p.name.endswith(ends) and p.name[0] != "."]
     elif path.is_file():
         files = [path]
     else:
-        files = [Path(p) for p in glob.glob(str(path)) if p.endswith(SUFFIXES)]
+        found = glob.glob(str(path), recursive=True)
+        files = [Path(p) for p in found if p.endswith(ends)]
     if not files:
-        hint = "--data takes a file, a folder or a glob of " + ", ".join(SUFFIXES)
+        hint = "--data takes a file, a folder or a glob of " + ", ".join(suffixes)
         if data is None:
             hint = (
                 "download some with `python -m nanochat.dataset -n 8`, or name your own by --data"
             )
-        raise UserError(f"no text files in {path}: {hint}")
+        elif path.is_dir():
+            names = sorted(p.name for p in path.iterdir())
+            hint = f"found {', '.join(names[:8]) or 'nothing'}. {hint}"
+        kind = "text files" if ".txt" in suffixes else "parquet or jsonl files"
+        raise UserError(f"no {kind} in {path}: {hint}")
     return sorted(files, key=lambda p: (p.name, str(p)))
 
 
@@ -68,27 +105,29 @@ def _where(data: str | None) -> Path:
     return Path(data or get_base_dir() / "base_data").expanduser()
 
 
-def split_files(data: str | None = None, val_data: str | None = None) -> TextFiles:
+def split_files(
+    data: str | None = None, val_data: str | None = None, suffixes: Sequence[str] = SUFFIXES
+) -> TextFiles:
     """Training files and the validation file.
 
-    Validation is --val_data if given; else shard_01822 where it is there; else the last file by
-    name (of one file: some of its documents), pinned at first use, so that files added later never
-    move it."""
-    files = find_files(data)
+    Validation is --val_data if given; else what a download recorded; else shard_01822 where it is
+    there; else, pinned at first use so that files added later never move it, the file that its name
+    says is for it beside a train file, or the last by name (of one file: some of its documents)."""
+    files = find_files(data, suffixes)
     by_hash = False
-    last_shards = [f for f in files if f.name == shard_name(LAST_SHARD)]
     if val_data is not None:
-        matches = find_files(val_data)
+        matches = find_files(val_data, suffixes)
         if len(matches) != 1:
             raise UserError(f"--val_data={val_data} matches {len(matches)} files; name one")
         val = matches[0]
-    elif len(last_shards) == 1 and len(files) > 1:
-        val = last_shards[0]
     elif _where(data).is_file():
         val, by_hash = files[0], True
     else:
         val, by_hash = _pinned_val(data, files)
-    train = files if by_hash else [f for f in files if f.resolve() != val.resolve()]
+    train = files
+    if not by_hash:
+        named = [f for f in files if TRAIN_NAME.match(f.name)]  # beside them, others are held out
+        train = [f for f in named or files if f.resolve() != val.resolve()]
     if not train:
         raise UserError(
             f"{_where(data)} holds nothing to train on beside the validation file {val}; add a "
@@ -100,23 +139,40 @@ def split_files(data: str | None = None, val_data: str | None = None) -> TextFil
 def _pinned_val(data: str | None, files: list[Path]) -> tuple[Path, bool]:
     """The validation file of a folder or glob, and whether it is split by document hash: as
     recorded at its first use, which is now if there is no record."""
-    pins_path = get_base_dir() / "validation_files.json"
-    pins = read_json(pins_path) if pins_path.exists() else {}
+    pins = read_pins()
     where = _where(data).absolute()
     key = "base_data" if where == _where(None).absolute() else str(where)  # the base may move
+    last_shards = [f for f in files if f.name == last_shard()]
+    downloaded = "repo" in pins.get(key, {})  # and so its last shard is known, whatever it is
+    if len(last_shards) == 1 and len(files) > 1 and not downloaded:
+        return last_shards[0], False
     # Files are remembered relative to the folder, of a glob the one before the first wildcard.
     root = where if where.is_dir() else os.path.dirname(re.split(r"[*?\[]", str(where))[0])
     names = [os.path.relpath(f.absolute(), root) for f in files]
     if key not in pins:
-        pins[key] = {"file": names[-1], "by_hash": len(files) == 1}
-        write_json(pins_path, pins)
+        first_choice = _last_held_out(files)
+        pins[key] = {"file": names[files.index(first_choice)], "by_hash": len(files) == 1}
+        write_json(pins_path(), pins)
     pin = pins[key]
     if pin["file"] not in names:
-        raise UserError(
-            f"{where} was used with {pin['file']} as its validation file, which is gone. "
-            f"Put it back, or name another by --val_data (the pin is in {pins_path})"
-        )
+        mend = f"Put it back, or name another by --val_data (the pin is in {pins_path()})"
+        if downloaded:
+            mend = (
+                f"Finish the download: python -m nanochat.dataset --repo={pin['repo']} -n 8 (for "
+                f"data from elsewhere, delete the entry {key} in {pins_path()})"
+            )
+        raise UserError(f"{where} has {pin['file']} as its validation file, which is gone. {mend}")
     return files[names.index(pin["file"])], pin["by_hash"]
+
+
+def _last_held_out(files: list[Path]) -> Path:
+    """The last file that is for validation by its name, or simply the last."""
+    if any(TRAIN_NAME.match(f.name) for f in files):
+        for name in HELD_OUT_NAMES:
+            found = [f for f in files if name.match(f.name)]
+            if found:
+                return found[-1]
+    return files[-1]
 
 
 def train_files(data: str | None = None) -> list[Path]:
@@ -149,7 +205,7 @@ def _read_texts(path: Path) -> Iterator[str]:
     name = path.name
     if name.endswith(".parquet"):
         yield from _read_parquet(path)
-    elif name.endswith((".jsonl", ".jsonl.gz")):
+    elif name.endswith(ROW_SUFFIXES):
         yield from _read_jsonl_texts(path)
     elif name.endswith(".txt"):
         yield from _read_txt(path)
@@ -176,9 +232,10 @@ def iter_text_arrays(path: Path) -> Iterator[Any]:
         ) from e
     with file:
         if "text" not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column `text`; found {file.schema_arrow.names}")
+            names = file.schema_arrow.names
+            raise UserError(f"{path}: row 0: there is no column `text`; found {', '.join(names)}")
+        row = 0
         for group in range(file.num_row_groups):
-            row = 0
             batches = file.iter_batches(PARQUET_BATCH, row_groups=[group], columns=["text"])
             while True:
                 try:
@@ -188,17 +245,17 @@ def iter_text_arrays(path: Path) -> Iterator[Any]:
                     texts = batch.column(0)
                     texts.validate(full=True)  # that it is UTF-8, above all
                 except (pa.ArrowInvalid, OSError) as e:
-                    raise UserError(f"{path}: row group {group} is damaged: {e}") from e
+                    raise UserError(
+                        f"{path}: row group {group} (row {row} on) is damaged: {e}"
+                    ) from e
                 kind = texts.type
                 if pa.types.is_dictionary(kind) or pa.types.is_string_view(kind):
                     texts = texts.cast(pa.string())
                 is_text = pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)
                 if not is_text or texts.null_count:
                     at = texts.is_null().index(True).as_py() if is_text else 0
-                    raise UserError(
-                        f"{path}: row {row + at} of row group {group} holds "
-                        f"{type(texts[at].as_py()).__name__}, not a string"
-                    )
+                    found = f"{texts[at].as_py()!r:.80}"
+                    raise UserError(f"{path}: row {row + at}: `text` is {found}, not a string")
                 row += len(texts)
                 yield texts
 
@@ -206,7 +263,7 @@ def iter_text_arrays(path: Path) -> Iterator[Any]:
 def text_size(path: Path) -> int:
     """About how many bytes of text a file holds, without reading it: for a progress bar."""
     if not path.name.endswith(".parquet"):
-        return path.stat().st_size * (3 if path.name.endswith(".gz") else 1)
+        return path.stat().st_size * (3 if path.name.endswith((".gz", ".zst")) else 1)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -222,7 +279,9 @@ def text_size(path: Path) -> int:
 def _read_jsonl_texts(path: Path) -> Iterator[str]:
     for number, row in read_jsonl(path):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            found = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"{row!r:.80}"
+            if isinstance(row, dict) and "text" in row:
+                found = f"{row['text']!r:.80}"
             raise UserError(f"{path}:{number}: no string field `text`; found {found}")
         yield row["text"]
 
@@ -234,7 +293,8 @@ def _read_txt(path: Path) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text: {e}") from e
+        line = e.object.count(b"\n", 0, e.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text: {e}") from e
     start = 0
     while len(text) - start > TXT_PIECE:
         least, most = start + TXT_PIECE // 2, start + TXT_PIECE
@@ -259,62 +319,33 @@ class Args:
     num_workers: Annotated[int, flags.alias("-w")] = 4
     """Files fetched at the same time."""
     repo: str = DEFAULT_REPO
-    """Data set on the hub, in the same layout."""
-
-
-def shard_name(index: int) -> str:
-    """The file name of a shard of the default data set."""
-    return f"shard_{index:05d}.parquet"
-
-
-def check_parquet(path: Path) -> None:
-    """Raises ValueError if the file has no readable parquet footer."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError) as e:
-        raise ValueError(f"not a parquet file: {e}") from e
+    """Data set on the hub, in the same layout. Its last shard is validation."""
+    tries: int = Patience.tries
+    """Failures in a row that bring nothing new, after which a file is given up."""
+    timeout: float = Patience.timeout
+    """Seconds of silence that count as a failure."""
 
 
 def main(args: Args) -> None:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
-
     if args.num_files < -1 or args.num_files == 0:
         raise UserError(f"-n {args.num_files}: use a positive number of shards, or -1 for all")
-    count = LAST_SHARD if args.num_files == -1 else min(args.num_files, LAST_SHARD)
-    names = [shard_name(LAST_SHARD), *(shard_name(i) for i in range(count))]
+    if args.num_workers < 1 or args.tries < 1:
+        raise UserError("-w and --tries must be at least 1")
+    hub = Hub(args.repo, Patience(args.tries, args.timeout))
+    files, val = plan_shards(hub, args.num_files)
     folder = get_base_dir() / "base_data"
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [n for n in names if not (folder / n).exists()]
-    need = len(missing) * 100_000_000  # a shard is about 100 MB
-    free = shutil.disk_usage(folder).free
-    if need > free:
+    claim_folder(folder, args.repo, files, val)
+    outcome = fetch_files(hub, files, folder, check_parquet, args.num_workers, SHARD_BYTES)
+    print0(
+        f"{folder}: {len(outcome.there)} shards were there, {len(outcome.fetched)} fetched "
+        f"({outcome.num_bytes / 1e6:,.1f} MB), {len(outcome.failed)} failed"
+    )
+    if outcome.failed:
+        lines = "\n  ".join(f"{name}: {why}" for name, why in [*outcome.failed.items()][:10])
+        more = f"\n  and {len(outcome.failed) - 10} more" if len(outcome.failed) > 10 else ""
         raise UserError(
-            f"{len(missing)} shards need about {need / 1e9:.0f} GB and {folder} has "
-            f"{free / 1e9:.0f} GB free; use a smaller -n or another NANOCHAT_BASE_DIR"
+            f"{len(outcome.failed)} shards failed; run the same command again:\n  {lines}{more}"
         )
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    failed: dict[str, str] = {}
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
-    with Progress(*columns) as bar, ThreadPoolExecutor(max(1, args.num_workers)) as pool:
-        task = bar.add_task(f"{len(missing)} shards", total=need or None)
-
-        def fetch(name: str) -> None:
-            url = f"{endpoint}/datasets/{args.repo}/resolve/main/{name}"
-            try:
-                download(url, folder / name, check_parquet, lambda n: bar.advance(task, n))
-            except UserError as e:
-                failed[name] = str(e)
-
-        list(pool.map(fetch, missing))
-    fetched = len(missing) - len(failed)
-    print0(f"{folder}: {len(names) - len(missing)} shards were there, {fetched} fetched")
-    if failed:
-        lines = "\n  ".join([*failed.values()][:5])
-        raise UserError(f"{len(failed)} shards failed; run the same command again:\n  {lines}")
 
 
 if __name__ == "__main__":

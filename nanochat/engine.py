@@ -277,11 +277,12 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int | Sequence[int] = 42,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """(sequences, masks), one for each prompt and sample, prompt-major.
 
         `tokens` is one prompt or a list of prompts. A sequence begins with its prompt (mask 0) and
-        includes the stop token if the model wrote one."""
+        includes the stop token if the model wrote one. `stopped()` ends all of them early."""
         prompts: list[list[int]] = (
             [list(tokens)]  # type: ignore[arg-type]
             if tokens and isinstance(tokens[0], int)
@@ -289,7 +290,9 @@ class Engine:
         )
         sequences = [list(p) for p in prompts for _ in range(num_samples)]
         masks = [[0] * len(s) for s in sequences]
-        for events in self.stream(prompts, num_samples, max_tokens, temperature, top_k, seed):
+        for events in self.stream(
+            prompts, num_samples, max_tokens, temperature, top_k, seed, stopped
+        ):
             for row, token, sampled in events:
                 sequences[row].append(token)
                 masks[row].append(sampled)

@@ -16,9 +16,12 @@ from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
-from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum
-from nanochat.tasks.mixture import build_mixture
-from nanochat.train import Start, Trainer, autocast, preview, start_from
+from nanochat.preview import preview_conversations
+from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum
+from nanochat.start import Start, start_from
+from nanochat.tasks.custom import load_own
+from nanochat.tasks.mixture import TaskMixture, build_mixture
+from nanochat.train import Trainer, autocast
 
 
 @dataclass
@@ -29,13 +32,16 @@ class ConversationFlags(flags.ScheduleFlags, flags.FinetuneFlags):
     """Stage to start from: base, mid or sft."""
     source_tag: str | None = None
     """Tag to start from; default: --model_tag if that exists there, else the newest run."""
-    mixture: str = ""
-    """Tasks to train on: name[@rows][*epochs] joined by |. A name may be a file or folder of own
-    rows (jsonl or parquet)."""
-    val_mixture: str = ""
-    """Tasks whose test split gives the validation loss; empty: none."""
     data: str | None = None
-    """Own conversations (jsonl or parquet with `messages`), added to the mixture."""
+    """Own conversations: a file, folder or glob of parquet or jsonl(.gz, .zst) with `messages`.
+    They take the place of the default mixture; with --mixture, they are added to it."""
+    val_data: str | None = None
+    """Validation file; default: some of --data, pinned at first use."""
+    mixture: str | None = None
+    """Tasks to train on: name[@rows][*epochs] joined by |. A name may be a file or folder of own
+    rows. Default: what the head of the stage's script says."""
+    val_mixture: str | None = None
+    """Tasks whose test split gives the validation loss; empty: none. Default: as for --mixture."""
     max_seq_len: int = -1
     """Tokens in a row; -1: as the model was trained."""
     total_batch_size: int = -1
@@ -61,34 +67,51 @@ def resolve(args: ConversationFlags, start: Start) -> tuple[int, int]:
     return seq_len, total
 
 
-def finetune(args: ConversationFlags, stage: str) -> None:
-    """Runs mid_train or chat_sft."""
-    with distributed.session(args.device_type, args.seed) as info:
+def finetune(args: ConversationFlags, stage: str, mixture: str, val_mixture: str) -> None:
+    """Runs mid_train or chat_sft, with these mixtures unless the flags name others, or own data."""
+    if args.mixture is None:
+        args.mixture = "" if args.data else mixture
+    if args.val_mixture is None:
+        args.val_mixture = "" if args.data else val_mixture
+    device_type = "cpu" if args.preview else args.device_type  # looking at data needs no GPU
+    with distributed.session(device_type, args.seed) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         _train(args, stage, start, info)
+
+
+def load_mixtures(args: ConversationFlags) -> tuple[TaskMixture, TaskMixture | None, str]:
+    """Conversations to train on, those for the validation loss, and in words which these are."""
+    train, val, said = None, None, [args.val_mixture]
+    if args.data:
+        own = load_own(args.data, args.val_data)
+        train, val = own.train, own.val
+        said.append(own.validation)
+    elif args.val_data:
+        raise UserError(f"--val_data={args.val_data} belongs to --data; else use --val_mixture")
+    mixture = build_mixture(args.mixture or "", "train", args.seed, train)
+    if not args.val_mixture and val is None:
+        return mixture, None, "none"
+    val_mixture = build_mixture(args.val_mixture or "", "test", args.seed, val)
+    return mixture, val_mixture, " | ".join(filter(None, said))
 
 
 def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.DistInfo) -> None:
     tokenizer, model = start.tokenizer, start.model
     bos = tokenizer.get_bos_token_id()
-    seq_len, args.total_batch_size = resolve(args, start)
-    grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
+    args.max_seq_len, args.total_batch_size = resolve(args, start)
+    seq_len = args.max_seq_len
+    if not args.preview:
+        grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
 
     # What there is to learn from
-    spec = " | ".join(part for part in (args.mixture, args.data) if part)
-    mixture = build_mixture(spec, "train", args.seed)
-    print0(mixture.describe())
+    mixture, val_mixture, validation = load_mixtures(args)
     source = ConversationSource(mixture, tokenizer, seq_len + 1)
-    print0(
-        f"conversations: {source.kept:,} kept ({source.truncated:,} cut to {seq_len + 1} tokens), "
-        f"{source.dropped:,} dropped for having no trained token within a row"
-    )
     reader = RowReader(source, seq_len + 1, args.seed, bos)
     if args.preview:
-        return preview(reader, tokenizer)
+        return preview_conversations(mixture, source, reader, tokenizer, validation)
+    print0(f"{mixture.describe()}\n{source.account()}\nvalidation: {validation}")
     val_source = None
-    if args.val_mixture:
-        val_mixture = build_mixture(args.val_mixture, "test", args.seed)
+    if val_mixture is not None:
         val_source = ConversationSource(val_mixture, tokenizer, seq_len + 1)
 
     rows_per_step = args.total_batch_size // seq_len
@@ -113,23 +136,19 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         meta={
             "tokenizer": start.meta["tokenizer"],
             "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"train": source.fingerprint, "started from": str(start.folder.name)},
-            "mixture": spec,
+            "data": {"train": source.fingerprint},
+            "started_from": start.name,
+            "mixture": " | ".join(filter(None, [args.mixture, args.data])),
+            "validation": validation,
         },
         loader=loader,
     )
     for step in trainer.steps():
-        if val_source is not None and is_due(step, args.eval_every, num_steps, at_start=True):
-            val_reader = RowReader(val_source, seq_len + 1, 0, bos)
-            batches = eval_batches(
-                val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
-                info.device,
-            )  # fmt: skip
-            with autocast(info.device):
-                trainer.record(val_loss=evaluate_loss(model, batches))
-        if step == num_steps and info.rank == 0:
+        if val_source is not None and trainer.is_due(args.eval_every, at_start=True):
+            trainer.record(val_loss=validation_loss(args, trainer, val_source, bos))
+        if trainer.is_due(-1) and info.rank == 0:
             sample_replies(trainer, tokenizer, args.sample_prompts)
-        if is_due(step, args.save_every, num_steps):
+        if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
             continue  # nothing more to train on; the Trainer ends the run
@@ -137,6 +156,19 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             step, num_steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac
         )
         trainer.step(loader.step(step), lr_mul, muon_momentum(step))
+
+
+def validation_loss(
+    args: ConversationFlags, trainer: Trainer, source: ConversationSource, bos: int
+) -> float:
+    """Mean loss over the same rows every time, shared out over the ranks."""
+    info = trainer.info
+    batches = eval_batches(
+        RowReader(source, args.max_seq_len + 1, 0, bos), args.eval_tokens, args.device_batch_size,
+        info.rank, info.world_size, info.device,
+    )  # fmt: skip
+    with autocast(info.device):
+        return evaluate_loss(trainer.model, trainer.until_stopping(batches))
 
 
 def sample_replies(trainer: Trainer, tokenizer: object, prompts: str) -> None:

@@ -100,9 +100,11 @@ class TrainFlags(DeviceFlags):
     keep_last: int = 2
     """Checkpoints kept of this run; -1 keeps all."""
     resume: bool = False
-    """Continue from the newest whole checkpoint of this tag."""
+    """Continue from the newest whole checkpoint of this tag; from the beginning if it has none."""
     resume_from_step: int = -1
     """Continue from this step's checkpoint; -1: do not."""
+    allow_changes: str = ""
+    """What may differ from the run that is resumed, joined by |, as its refusal names it."""
     preview: bool = False
     """Print a few decoded rows with what is trained on marked, and stop."""
 
@@ -122,6 +124,16 @@ class ScheduleFlags:
 
 
 @dataclass
+class CacheFlags:
+    """Where tokenized text is kept."""
+
+    token_cache_dir: str | None = None
+    """Folder of tokenized shards; default: $NANOCHAT_BASE_DIR/token_cache."""
+    stream: bool = False
+    """Keep no token cache: tokenize each shard into memory in its turn. The same rows."""
+
+
+@dataclass
 class FinetuneFlags(TrainFlags):
     """What the stages that start from a checkpoint have in common."""
 
@@ -129,3 +141,19 @@ class FinetuneFlags(TrainFlags):
     """Step of the checkpoint to start from; default: the last."""
     init_lr_frac: float = 1.0
     """Learning rates start at this share of the values above."""
+
+
+# Flags that may differ when a run is resumed. Every other one decides what is learned and must be
+# as it was (nanochat/start.py compares them).
+FREE_ON_RESUME = frozenset(
+    [
+        # where it runs, how it is shown, when it is measured and saved
+        "run", "model_tag", "device_type", "device_batch_size", "preview", "resume",
+        "resume_from_step", "allow_changes", "eval_every", "eval_tokens", "eval_examples",
+        "val_mixture", "core_metric_every", "core_metric_max_per_task", "sample_every",
+        "sample_prompts", "save_every", "keep_last",
+        # compared by what comes of them: shape, number of steps, fingerprints, starting weights
+        "arch", "depth", "tokenizer", "data", "val_data", "mixture", "task", "num_iterations",
+        "num_epochs", "target_flops", "target_param_data_ratio", "source", "source_tag", "step",
+    ]
+)  # fmt: skip

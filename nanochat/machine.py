@@ -19,6 +19,18 @@ from typing import Any
 
 _PACKAGES = ("nanochat", "torch", "tiktoken", "rustbpe", "numpy")
 
+# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
 
 def machine_info() -> dict[str, Any]:
     """CPU model, cores this process may use, memory (GiB), GPU names, platform."""
@@ -81,6 +93,11 @@ def _cpu_model() -> str | None:
     if platform.system() == "Darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string")
     return platform.processor() or None
+
+
+def peak_flops(gpu: str) -> float | None:
+    """The GPU's entry in PEAK_FLOPS, by the name that its driver gives; None if it has none."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
 
 
 def _cores() -> int | None:

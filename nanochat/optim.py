@@ -191,7 +191,7 @@ class MuonAdamW:
             p.addcdiv_(state["exp_avg"], denominator, value=-lr / bias1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole state as "<parameter>/<entry>" tensors on the CPU, on rank 0 ({} elsewhere).
+        """The whole state as "<parameter>/<entry>" copies on the CPU, on rank 0 ({} elsewhere).
 
         It knows nothing of the number of ranks; any number may load it. All ranks must call."""
         result: dict[str, Tensor] = {}
@@ -202,7 +202,7 @@ class MuonAdamW:
                     held = self.state[name].get(entry) if self.owner[name] == self.rank else None
                     tensor = self._to_rank0(held, p, self.owner[name])
                     if self.rank == 0:
-                        result[f"{name}/{entry}"] = tensor.cpu()
+                        result[f"{name}/{entry}"] = tensor.to("cpu", copy=True)
         return result
 
     def _to_rank0(self, held: Tensor | None, like: Tensor, owner: int) -> Tensor:

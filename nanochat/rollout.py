@@ -11,7 +11,7 @@ Floor 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,12 @@ def sample_rollouts(
     temperature: float,
     top_k: int | None,
     seed: int,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Rollouts:
     """Samples replies to the problems and has the task reward them.
 
-    A problem's replies depend on (seed, problem), not on which rank it falls to."""
+    A problem's replies depend on (seed, problem), not on which rank it falls to. When `stopped()`
+    turns true they are broken off, and no good for training."""
     conversations = [task[p] for p in problems]
     prompts = [engine.tokenizer.render_for_completion(c) for c in conversations]
     sequences, masks = engine.generate_batch(
@@ -68,6 +70,7 @@ def sample_rollouts(
         temperature=temperature,
         top_k=top_k,
         seed=[seed_from(seed, p) for p in problems],
+        stopped=stopped,
     )
     rewards = np.zeros(len(sequences))
     for i, sequence in enumerate(sequences):

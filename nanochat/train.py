@@ -4,57 +4,48 @@ What the four training stages share: the step, the meter, saving and resuming, t
 A stage's script holds its recipe and drives a Trainer:
 
     for step in trainer.steps():        # resumed step .. num_steps
-        if is_due(step, ...): evaluate, sample, trainer.save()
+        if trainer.is_due(...): evaluate, sample, trainer.save()
         if step == num_steps: continue
         trainer.step(loader.step(step), lr_multiplier(...))
 
-Floor 4.
+A run that is killed at any moment and resumed is the run that was not: every random choice is made
+from the seed and the step, and what cannot be computed again is in the checkpoint. Floor 4.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import torch
 
+from nanochat import schedule
 from nanochat.checkpoint import (
-    checkpoint_tokenizer,
-    find_checkpoint,
-    list_tags,
     load_weights,
     optim_reader,
-    read_meta,
-    save_checkpoint,
+    prune,
     set_aside,
-    warn_if_unfinished,
+    snapshot,
+    step_dir,
+    write_checkpoint,
 )
-from nanochat.common import UserError, append_jsonl, get_base_dir, print0
-from nanochat.dataloader import IGNORE, MicroBatch, RowReader, StepLoader
+from nanochat.common import UserError, append_jsonl, get_base_dir, print0, warn0
+from nanochat.dataloader import IGNORE, MicroBatch, StepLoader
 from nanochat.distributed import DistInfo, all_reduce_sum, sum_over_ranks
-from nanochat.flags import FinetuneFlags, TrainFlags
-from nanochat.machine import machine_info, versions
-from nanochat.models import build_model, config_from_dict, config_to_dict
+from nanochat.flags import TrainFlags
+from nanochat.machine import machine_info, peak_flops, versions
+from nanochat.models import config_to_dict
 from nanochat.optim import MuonAdamW
-from nanochat.tokenizer import Tokenizer
+from nanochat.start import find_resumable, identity, refuse_changes
 
-# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,7 +61,8 @@ class TrainState:
 class Trainer:
     """Runs one stage's optimization. `meta` describes the run in its checkpoints:
 
-    tokenizer (name), tokenizer_fingerprint, data (fingerprints by role) and what the stage adds."""
+    tokenizer (name), tokenizer_fingerprint, data (fingerprints by role), started_from (unless it
+    starts from nothing) and what the stage adds."""
 
     def __init__(
         self,
@@ -87,6 +79,11 @@ class Trainer:
         self.stage, self.tag, self.args, self.info = stage, tag, args, info
         self.model, self.optimizer, self.num_steps, self.meta = model, optimizer, num_steps, meta
         self.loader = loader  # of data in fixed rows; RL has none
+        if str(meta.get("started_from")).startswith(f"{stage} {tag} "):
+            raise UserError(
+                f"--model_tag={tag} is what this run starts from; its checkpoints would take the "
+                "place of their own beginning. Give another --model_tag"
+            )
         self.state = TrainState()
         self.metrics: dict[str, Any] = {}  # the last evaluation of each kind
         # Evaluation and sampling use the plain module: other shapes would compile again.
@@ -94,7 +91,15 @@ class Trainer:
         self.step_model = torch.compile(model, dynamic=False) if compiles else model
         self.log_path = get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
         self.wandb: Any = None
-        self._saved_before = False
+        self._wandb_id: str | None = None
+        self._events_done = False  # those of the present step, before the checkpoint we resumed
+        self._saved: tuple[int, bool] | None = None  # step and events done of the newest checkpoint
+        # A new run of an old tag moves the old one aside at its first save, a resumed run what
+        # was saved after its checkpoint: later steps would else pass for this run's.
+        self._aside_after: int | None = -1
+        self._log_mark = 0  # bytes of the log before the events of the present step
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self._stop_signal = 0
         self._printed = 0.0
 
@@ -104,100 +109,148 @@ class Trainer:
     def steps(self) -> Iterator[int]:
         """Yields each step number from the first (or resumed) one to num_steps, which is the end.
 
-        SIGTERM and Ctrl-C let the step under way finish, save, and end the process with status
-        0."""
+        SIGTERM and Ctrl-C let the step under way finish, break off an evaluation or rollouts, save,
+        and end the process with status 0. A second Ctrl-C does not wait."""
         self._resume()
         self._start_log()
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             while True:
                 step = self.state.step
+                self._log_mark = self._log_size()
+                self.end_if_stopped()
                 yield step
+                self._events_done = False
                 if step >= self.num_steps:  # the last one was for final evaluations only
                     break
-                if self._stop_requested():
-                    self.save()
-                    print0(f"stopped by a signal at step {self.state.step}; continue with --resume")
-                    sys.exit(0)
+                if self._writing is not None and self._writing.done():
+                    self._wait_for_save()  # a full disk ends the run now, not at the next save
+            self._wait_for_save()
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
+            self._writer.shutdown()  # an error waits for the save in flight, too
+            if self._writing is not None and (error := self._writing.exception()):
+                warn0(str(error))
         self.log("end", final=self.metrics, seconds=self.state.seconds)
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _on_signal(self, signum: int, frame: Any) -> None:
-        if self._stop_signal == signum == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        self._stop_signal = signum
+    def is_due(self, every: int, *, at_start: bool = False) -> bool:
+        """Whether an event of every so many steps is due now (schedule.is_due), and was not done
+        before the checkpoint that was resumed."""
+        due = schedule.is_due(self.state.step, every, self.num_steps, at_start=at_start)
+        return due and not self._events_done
 
-    def _stop_requested(self) -> bool:
-        """Whether any rank got a signal: all must agree, or they would wait for each other."""
-        return sum_over_ranks(float(self._stop_signal > 0), device=self.info.device)[0] > 0
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self._stop_signal = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.info.rank == 0:  # print() is not safe in a signal handler
+            os.write(2, b"\nstopping: saving after this step; Ctrl-C quits at once, unsaved\n")
+
+    def stopping(self) -> bool:
+        """Whether this rank got a signal: what it does between two steps may be broken off."""
+        return self._stop_signal > 0
+
+    def until_stopping(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, at least one of them, until there is a signal."""
+        for item in items:
+            yield item
+            if self.stopping():
+                return
+
+    def end_if_stopped(self) -> None:
+        """Saves and ends the process with status 0 if any rank got a signal. All ranks must call
+        it, after whatever they broke off: or they would wait for each other."""
+        if sum_over_ranks(float(self.stopping()), device=self.info.device)[0] == 0:
+            return
+        self.save(events_done=False)
+        self._wait_for_save()
+        print0(f"stopped by a signal at step {self.state.step}; continue with --resume")
+        sys.exit(0)
 
     def _identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one it continues."""
-        return {
-            "architecture and shape": config_to_dict(self.model.config),
-            "tokenizer": self.meta["tokenizer_fingerprint"],
-            "data": self.meta["data"],
-            "--seed": self.args.seed,
-            "--total_batch_size": getattr(self.args, "total_batch_size", None),
-            "number of steps": self.num_steps,
-            "--max_seq_len": self.loader and self.loader.reader.row_len - 1,
-        }
+        return identity(self.args, self.model, self.num_steps, self.meta)
 
     def _resume(self) -> None:
-        if not self.args.resume and self.args.resume_from_step < 0:
+        found = find_resumable(self.stage, self.tag, self.args, self.info)
+        if found is None:
             return
-        wanted = self.args.resume_from_step if self.args.resume_from_step >= 0 else None
-        folder = find_checkpoint(self.stage, self.tag, wanted)
-        warn_if_unfinished(self.stage, self.tag)
-        meta = read_meta(folder)
-        now = self._identity()
-        for name, saved in meta["identity"].items():
-            if saved != now[name]:
-                raise UserError(
-                    f"cannot resume {folder}: its {name} was {saved}, now it is {now[name]}. Use "
-                    "the same as then, or start a new run with another --model_tag"
-                )
-        self._saved_before = True
+        folder, meta = found
+        refuse_changes(folder, meta["identity"], self._identity(), self.args.allow_changes)
         load_weights(folder, self.model)
         self.optimizer.load_state_dict(optim_reader(folder), meta["optimizer_steps"])
         self.state = TrainState(**meta["state"])
-        self.metrics = meta["metrics"]
+        self.metrics, self._events_done = meta["metrics"], meta["events_done"]
+        self._saved = (self.state.step, self._events_done)
+        self._aside_after = self.state.step
+        self._wandb_id = meta["wandb_id"]
+        place = ""
         if self.loader is not None:
             self.loader.load_state(meta["loader"])
-        print0(f"resumed {folder} at step {self.state.step}")
+            place = f", row {self.state.step * self.loader.rows_per_step} of the data"
+        if self.info.rank == 0:
+            prune(folder, self.args.keep_last)  # as the run would have, had it not been killed
+            if self._log_size() > meta["log_size"]:
+                os.truncate(self.log_path, meta["log_size"])  # steps that will be taken again
+        print0(f"resumed {folder} at step {self.state.step}{place}")
+        if self._events_done and self.state.step >= self.num_steps:
+            print0("this run has ended already: nothing is left to do")
 
-    def save(self) -> None:
-        """Writes a checkpoint of the present step. All ranks must call it.
+    # ---------------------------------------------------------------------------------------------
+    # Saving
 
-        A new run of an old tag moves the old one aside at its first save: its later steps would
-        else pass for this run's."""
-        if not self._saved_before and self.info.rank == 0:
-            set_aside(self.stage, self.tag)
-        self._saved_before = True
-        folder = save_checkpoint(
-            self.stage,
-            self.tag,
-            self.state.step,
-            self.model,
-            self.optimizer.state_dict(),
-            {
-                "stage": self.stage,
-                "step": self.state.step,
-                **self.meta,
-                "args": asdict(self.args),
-                "identity": self._identity(),
-                "state": asdict(self.state),
-                "optimizer_steps": self.optimizer.num_steps,
-                "metrics": self.metrics,
-                "loader": self.loader and self.loader.state(self.state.step),
-            },
-            self.args.keep_last,
-        )
-        print0(f"saved {folder}")
+    def save(self, events_done: bool = True) -> None:
+        """Saves the present step. All ranks must call it; training goes on while rank 0 writes.
+
+        It takes as long as a copy to the host's memory (weights and optimizer state, once), and
+        waits for the save before if that is still being written. `events_done`: the evaluations
+        that are due at this step have been made, and a resumed run need not make them again."""
+        this = (self.state.step, events_done)
+        if self._saved is not None and self._saved >= this:
+            return
+        self._wait_for_save()
+        optim_state = self.optimizer.state_dict()
+        if self.info.rank == 0:
+            weights, meta = snapshot(self.model.state_dict()), self._checkpoint_meta(events_done)
+            self._writing = self._writer.submit(
+                self._write, weights, optim_state, meta, self._aside_after
+            )
+        self._saved, self._aside_after = this, None
+
+    def _write(
+        self, weights: Any, optim_state: Any, meta: dict[str, Any], aside_after: int | None
+    ) -> None:
+        """In the thread: nothing in here may look at what training changes."""
+        if aside_after is not None:
+            set_aside(self.stage, self.tag, aside_after)
+        folder = step_dir(self.stage, self.tag, meta["step"])
+        write_checkpoint(folder, weights, optim_state, meta, self.args.keep_last)
+        self._say(f"saved {folder}")
+
+    def _wait_for_save(self) -> None:
+        """Until the save in flight, if there is one, is whole. Its error is raised here."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _checkpoint_meta(self, events_done: bool) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "step": self.state.step,
+            "config": config_to_dict(self.model.config),
+            **self.meta,
+            "args": asdict(self.args),
+            "identity": self._identity(),
+            "state": asdict(self.state),
+            "optimizer_steps": self.optimizer.num_steps,
+            "metrics": dict(self.metrics),
+            "loader": self.loader and self.loader.state(self.state.step),
+            "events_done": events_done,
+            # A resumed run cuts the log here: what follows will be written again.
+            "log_size": self._log_size() if events_done else self._log_mark,
+            "wandb_id": self.wandb and self.wandb.id,
+        }
 
     # ---------------------------------------------------------------------------------------------
     # The step
@@ -273,8 +326,7 @@ class Trainer:
         """Share of the GPUs' peak that the model's FLOPs use; None where the peak is unknown."""
         if self.info.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.info.device)
-        peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+        peak = peak_flops(torch.cuda.get_device_name(self.info.device))
         if peak is None:
             return None
         return self.model.flops_per_token() * tokens_per_second / (peak * self.info.world_size)
@@ -289,14 +341,18 @@ class Trainer:
             except ImportError as e:
                 raise UserError("--run needs wandb: `uv pip install wandb`, or drop --run") from e
             self.wandb = wandb.init(
-                project="nanochat", name=self.args.run, config=asdict(self.args)
-            )
+                project="nanochat", name=self.args.run, config=asdict(self.args),
+                id=self._wandb_id, resume="allow",
+            )  # fmt: skip
+            # Steps taken again after a kill are drawn over themselves; wandb's own count of steps
+            # only goes up and would drop them.
+            self.wandb.define_metric("*", step_metric="step")
         num_params = sum(p.numel() for p in self.model.parameters())
         print0(
             f"{self.stage}: {self.tag}, {num_params:,} parameters, {self.num_steps} steps, "
             f"{self.info.world_size} rank(s) on {self.info.device.type}"
         )
-        if self.info.rank == 0 and self.state.step == 0:
+        if self.info.rank == 0 and self._saved is None:
             self.log_path.unlink(missing_ok=True)  # a new run of this tag
         self.log(
             "start", args=asdict(self.args), model=config_to_dict(self.model.config),
@@ -309,20 +365,36 @@ class Trainer:
         if self.info.rank != 0:
             return
         row = {"event": event, "stage": self.stage, "step": self.state.step, **values}
-        append_jsonl(self.log_path, {**row, "time": time.time()})
+        try:
+            append_jsonl(self.log_path, {**row, "time": time.time()})
+        except OSError as e:  # often the first to notice that the disk is full
+            raise UserError(
+                f"{self.log_path} cannot be written: {e}. Mend that and continue with --resume; "
+                "checkpoints are untouched"
+            ) from e
         if self.wandb is not None and event not in ("start", "end"):
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self.wandb.log({f"{event}/{k}": v for k, v in numbers.items()}, step=self.state.step)
+            self.wandb.log({f"{event}/{k}": v for k, v in numbers.items()} | {"step": row["step"]})
+
+    def _log_size(self) -> int:
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def record(self, event: str = "eval", **metrics: Any) -> None:
-        """Logs an evaluation, shows it, and keeps it for the checkpoint."""
+        """Logs an evaluation, shows it, and keeps it for the checkpoint. All ranks must call it.
+
+        After a signal it ends the run instead: the evaluation may have been broken off."""
+        self.end_if_stopped()
         self.metrics.update(metrics)
         self.log(event, **metrics)
         shown = ", ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()
         )
-        lead = "\r\x1b[2K" if sys.stdout.isatty() else ""
-        print0(f"{lead}{self.stage} step {self.state.step}: {shown}")
+        self._say(f"{self.stage} step {self.state.step}: {shown}")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        """A line of its own, in place of the live one if there is one."""
+        print0(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text)
 
 
 def autocast(device: torch.device) -> Any:
@@ -330,64 +402,3 @@ def autocast(device: torch.device) -> Any:
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
-
-
-# -------------------------------------------------------------------------------------------------
-# Beginnings
-
-
-@dataclass
-class Start:
-    """What a finetuning stage starts from."""
-
-    model: Any
-    tokenizer: Any
-    meta: dict[str, Any]  # of the checkpoint
-    tag: str  # of the checkpoint
-    folder: Path
-
-
-def start_from(
-    source: str, source_tag: str | None, args: FinetuneFlags, device: torch.device
-) -> Start:
-    """Loads a stage's checkpoint, ready to train on: source_tag's, or --model_tag's if the stage
-    has one of that name, or the newest."""
-    tag = source_tag or (args.model_tag if args.model_tag in list_tags(source) else None)
-    folder = find_checkpoint(source, tag, args.step)
-    meta = read_meta(folder)
-    tokenizer = checkpoint_tokenizer(meta, folder)
-    model = build_model(config_from_dict(meta["config"], str(folder)), device)
-    load_weights(folder, model)
-    print0(f"starting from {folder}")
-    return Start(model, tokenizer, meta, folder.parent.name, folder)
-
-
-def load_base(tag: str, model: Any, tokenizer: Tokenizer) -> None:
-    """Continued pretraining: fills `model` with the base weights of that tag.
-
-    Only the row length may differ. UserError for another shape or another tokenizer."""
-    folder = find_checkpoint("base", tag)
-    meta = read_meta(folder)
-    if checkpoint_tokenizer(meta, folder).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"--source_tag={tag}: {folder} was trained with --tokenizer={meta['tokenizer']}"
-        )
-    there = config_from_dict(meta["config"], str(folder))
-    if replace(there, sequence_len=model.config.sequence_len) != model.config:
-        raise UserError(
-            f"--source_tag={tag}: {folder} holds {there}, but --arch and --depth ask for "
-            f"{model.config}"
-        )
-    load_weights(folder, model)
-    print0(f"starting from {folder}")
-
-
-def preview(reader: RowReader, tokenizer: Any, num_rows: int = 3) -> None:
-    """Prints decoded rows; what is trained on is green."""
-    tokens, targets = reader.read(0, num_rows)
-    for row in range(num_rows):
-        ids = tokens[row].tolist()
-        mask = [0, *(targets[row, :-1] != IGNORE).astype(int).tolist()]
-        share = float((targets[row] != IGNORE).mean())
-        print0(f"--- row {row}: {len(ids)} tokens, {share:.0%} trained on")
-        print0(tokenizer.visualize(ids, mask))

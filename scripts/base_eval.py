@@ -17,12 +17,13 @@ from typing import Annotated, Any
 from nanochat import distributed, flags
 from nanochat.checkpoint import load_model
 from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0
-from nanochat.dataloader import RowReader, TextSource, eval_batches
+from nanochat.dataloader import RowReader, eval_batches
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
+from nanochat.text_source import TextSource
 from nanochat.train import autocast
 
 KINDS = ("core", "bpb", "sample")
@@ -37,7 +38,7 @@ PROMPTS = (
 
 
 @dataclass
-class Args(flags.DeviceFlags):
+class Args(flags.CacheFlags, flags.DeviceFlags):
     """Evaluate a base model."""
 
     source: Annotated[flags.Source, flags.alias("-i")] = "base"
@@ -91,11 +92,10 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
 
     if files is not None:
         # One file of training text is enough to compare with, and tokenizing all takes long
-        keep_train, keep_val = ("train", "val") if files.by_hash else ("all", "all")
         for split, paths, keep in (
-            ("train", files.train[:1], keep_train), ("val", [files.val], keep_val),
+            ("train", files.train[:1], files.keep_train), ("val", [files.val], files.keep_val),
         ):  # fmt: skip
-            source = TextSource(paths, tokenizer, keep)  # type: ignore[arg-type]
+            source = TextSource(paths, tokenizer, keep, args.token_cache_dir, args.stream)
             row_len = model.config.sequence_len + 1
             reader = RowReader(source, row_len, 0, tokenizer.get_bos_token_id())
             batches = eval_batches(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from nanochat import distributed, flags
 from nanochat.common import get_base_dir, print0
-from nanochat.dataloader import RowReader, StepLoader, TextSource, eval_batches
+from nanochat.dataloader import RowReader, StepLoader, eval_batches
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
@@ -24,9 +24,12 @@ from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
-from nanochat.schedule import grad_accum_steps, is_due, lr_multiplier, muon_momentum, num_iterations
+from nanochat.preview import preview_text
+from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
+from nanochat.start import load_base
+from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train import Trainer, autocast, load_base, preview
+from nanochat.train import Trainer, autocast
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -38,7 +41,7 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass
-class Args(flags.ScheduleFlags, flags.TrainFlags):
+class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     """Pretrain a base model."""
 
     arch: str = "gpt"
@@ -52,7 +55,8 @@ class Args(flags.ScheduleFlags, flags.TrainFlags):
     tokenizer: str | None = None
     """Default: our own, from scripts.tok_train. Or qwen2.5, or a folder with a tokenizer.json."""
     data: str | None = None
-    """File, folder or glob of parquet, jsonl or txt; default: base_data/."""
+    """Text: a file, folder or glob of parquet, jsonl(.gz, .zst) with `text`, or txt. Default:
+    base_data/."""
     val_data: str | None = None
     """Validation file; default: the last file of --data, pinned at first use."""
     num_iterations: int = -1
@@ -74,7 +78,8 @@ class Args(flags.ScheduleFlags, flags.TrainFlags):
 
 
 def main(args: Args) -> None:
-    with distributed.session(args.device_type, args.seed) as info:
+    # Looking at data needs no GPU
+    with distributed.session("cpu" if args.preview else args.device_type, args.seed) as info:
         train(args, info)
 
 
@@ -84,12 +89,13 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     bos = tokenizer.get_bos_token_id()
     files = split_files(args.data, args.val_data)
     row_len = args.max_seq_len + 1  # a row's targets are its tokens one further on
-    keep_train, keep_val = ("train", "val") if files.by_hash else ("all", "all")
-    source = TextSource(files.train, tokenizer, keep_train)  # type: ignore[arg-type]
-    val_source = TextSource([files.val], tokenizer, keep_val)  # type: ignore[arg-type]
+    cache = (args.token_cache_dir, args.stream)
+    source = TextSource(files.train, tokenizer, files.keep_train, *cache)
+    val_source = TextSource([files.val], tokenizer, files.keep_val, *cache)
     reader = RowReader(source, row_len, args.seed, bos)
+    val_reader = RowReader(val_source, row_len, 0, bos)
     if args.preview:
-        return preview(reader, tokenizer)
+        return preview_text(files, reader, tokenizer)
 
     bundle = get_base_dir() / "eval_bundle"
     if args.core_metric_every > 0:
@@ -103,8 +109,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
     )
     model = build_model(config, info.device, seed=args.seed)
-    if args.source_tag:
-        load_base(args.source_tag, model, tokenizer)
+    started_from = load_base(args.source_tag, model, tokenizer) if args.source_tag else None
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay
     )
@@ -116,9 +121,11 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         num_scaling_params=sum(p.numel() for p in model.parameters()),
         total_batch_size=args.total_batch_size,
     )
+    rows_per_step = args.total_batch_size // args.max_seq_len
+    reader.expect(num_steps * rows_per_step)
     loader = StepLoader(
         reader,
-        args.total_batch_size // args.max_seq_len,
+        rows_per_step,
         args.device_batch_size,
         info.rank,
         info.world_size,
@@ -136,24 +143,29 @@ def train(args: Args, info: distributed.DistInfo) -> None:
             "tokenizer": args.tokenizer,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "data": {"train": source.fingerprint, "val": val_source.fingerprint},
+            "started_from": started_from,
+            "validation": files.validation,
         },
         loader=loader,
     )
     # Step by step
     for step in trainer.steps():
-        if is_due(step, args.eval_every, num_steps, at_start=True):
-            val_reader = RowReader(val_source, row_len, 0, bos)
+        if trainer.is_due(args.eval_every, at_start=True):
             batches = eval_batches(
                 val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
                 info.device,
             )  # fmt: skip
+            batches = trainer.until_stopping(batches)
             with autocast(info.device):
                 trainer.record(val_bpb=evaluate_bpb(model, batches, tokenizer.token_bytes))
-        if args.core_metric_every > 0 and is_due(step, args.core_metric_every, num_steps):
+        if args.core_metric_every > 0 and trainer.is_due(args.core_metric_every):
             with autocast(info.device):
-                core = evaluate_core(model, tokenizer, bundle, args.core_metric_max_per_task)
+                core = evaluate_core(
+                    model, tokenizer, bundle, args.core_metric_max_per_task,
+                    stopped=trainer.stopping,
+                )  # fmt: skip
             trainer.record(core_metric=core["core_metric"])
-        if info.rank == 0 and is_due(step, args.sample_every, num_steps):
+        if info.rank == 0 and trainer.is_due(args.sample_every):
             engine = Engine(model, tokenizer)
             for prompt in args.sample_prompts.split("|"):
                 ids = tokenizer.encode(prompt, prepend=bos)
@@ -161,14 +173,17 @@ def train(args: Args, info: distributed.DistInfo) -> None:
                 text = tokenizer.decode(sequences[0])
                 trainer.log("sample", text=text)
                 print0(text)
-        if is_due(step, args.save_every, num_steps):
+        if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
             continue  # nothing more to train on; the Trainer ends the run
         lr_mul = lr_multiplier(
             step, num_steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac
         )
-        trainer.step(loader.step(step), lr_mul, muon_momentum(step))
+        batches_of_step = loader.step(step)
+        for shard in reader.opened():
+            trainer.log("shard", **shard)
+        trainer.step(batches_of_step, lr_mul, muon_momentum(step))
 
 
 if __name__ == "__main__":

@@ -11,18 +11,23 @@ chatrl_checkpoints/<tag>/. See nanochat/rollout.py for the method.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanochat import distributed, flags
-from nanochat.common import UserError, seed_from
+from nanochat.common import UserError, fingerprint, seed_from
 from nanochat.distributed import sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.evals.chat import run_chat_eval
 from nanochat.optim import make_optimizer
+from nanochat.preview import preview_problems
 from nanochat.rollout import problem_order, sample_rollouts, to_batches
-from nanochat.schedule import is_due, lr_multiplier
-from nanochat.tasks.common import get_task
-from nanochat.train import Start, Trainer, autocast, start_from
+from nanochat.schedule import lr_multiplier
+from nanochat.start import Start, start_from
+from nanochat.tasks.common import Task, get_task
+from nanochat.tasks.custom import load_own
+from nanochat.train import Trainer, autocast
 
 
 @dataclass
@@ -34,7 +39,12 @@ class Args(flags.FinetuneFlags):
     source_tag: str | None = None
     """Tag to start from; default: --model_tag if that exists there, else the newest run."""
     task: str = "gsm8k"
-    """Problems: gsm8k, or a name in task_data/, or a file of question/answer rows."""
+    """Problems: gsm8k, or a name or folder of own rows that has a train and a test split."""
+    data: str | None = None
+    """Own problems, in place of --task: a file, folder or glob of parquet or jsonl(.gz, .zst) with
+    `question` and `answer` (ending in #### NUMBER)."""
+    val_data: str | None = None
+    """Validation file; default: some of --data, pinned at first use."""
     num_iterations: int = -1
     """Optimizer steps; -1: --num_epochs over the problems."""
     num_epochs: float = 1.0
@@ -62,23 +72,35 @@ class Args(flags.FinetuneFlags):
 
 
 def main(args: Args) -> None:
-    with distributed.session(args.device_type, args.seed) as info:
+    # Looking at data needs no GPU
+    with distributed.session("cpu" if args.preview else args.device_type, args.seed) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         train(args, start, info)
 
 
+def problems_of(args: Args) -> tuple[Task, Task | None, str]:
+    """Problems to learn from, those held out (None if there are too few), and which these are."""
+    # A lone file as --task has no splits: it is own data
+    data = args.data or (args.task if Path(args.task).is_file() else None)
+    if data is not None:
+        own = load_own(data, args.val_data, answers=True)
+        return own.train, own.val, own.validation
+    if args.val_data:
+        raise UserError(f"--val_data={args.val_data} belongs to --data; --task has a test split")
+    return get_task(args.task, "train"), get_task(args.task, "test"), f"test split of {args.task}"
+
+
 def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
     model, tokenizer = start.model, start.tokenizer
-    task, val_task = get_task(args.task, "train"), get_task(args.task, "test")
+    task, val_task, validation = problems_of(args)
     if args.examples_per_step < info.world_size:
         raise UserError(
             f"--examples_per_step={args.examples_per_step} leaves some of {info.world_size} ranks "
             f"without a problem; use at least {info.world_size}"
         )
     if args.preview:
-        for i in range(3):
-            print(tokenizer.visualize(*tokenizer.render_conversation(task[i])))
-        return
+        seq_len = model.config.sequence_len
+        return preview_problems(task, val_task, tokenizer, seq_len, args.max_new_tokens)
     num_steps = args.num_iterations
     if num_steps <= 0:
         num_steps = max(1, round(args.num_epochs * len(task) / args.examples_per_step))
@@ -97,20 +119,23 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         meta={
             "tokenizer": start.meta["tokenizer"],
             "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"problems": f"{args.task}:{len(task)}", "started from": start.folder.name},
+            "data": {"train": fingerprint(*(json.dumps(task[i]) for i in range(len(task))))},
+            "started_from": start.name,
+            "validation": validation,
         },
     )
     engine = Engine(model, tokenizer)
 
     for step in trainer.steps():
-        if is_due(step, args.eval_every, num_steps) or step == 0:
+        if val_task is not None and (trainer.is_due(args.eval_every) or step == 0):
             with autocast(info.device):
                 result = run_chat_eval(
                     val_task, model, tokenizer, engine, batch_size=128, temperature=0.0,
                     max_new_tokens=args.max_new_tokens, max_problems=args.eval_examples,
+                    stopped=trainer.stopping,
                 )  # fmt: skip
             trainer.record(pass1=result.accuracy, pass1_stderr=result.stderr, problems=result.n)
-        if is_due(step, args.save_every, num_steps):
+        if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
             continue  # nothing more to train on; the Trainer ends the run
@@ -123,8 +148,9 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
                 engine, task, problems[info.rank :: info.world_size],
                 num_samples=args.num_samples, max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature, top_k=args.top_k or None,
-                seed=seed_from(args.seed, "rollouts", step),
+                seed=seed_from(args.seed, "rollouts", step), stopped=trainer.stopping,
             )  # fmt: skip
+        trainer.end_if_stopped()  # the replies may have been broken off
         n, reward, tokens, ended = sum_over_ranks(
             rollouts.rewards.size, rollouts.rewards.sum(), rollouts.lengths.sum(),
             rollouts.ended.sum(), device=info.device,

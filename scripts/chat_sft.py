@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from nanochat import flags
 from nanochat.finetune import ConversationFlags, finetune
 
+MIXTURE = "arc-easy | arc-challenge | gsm8k | smoltalk@10000 | spelling@300 | spellingbee@300"
+VAL_MIXTURE = "smoltalk@2000"
+
 
 @dataclass
 class Args(ConversationFlags):
@@ -22,13 +25,6 @@ class Args(ConversationFlags):
 
     source: flags.Source = "mid"
     """Stage to start from: base, mid or sft."""
-    mixture: str = (
-        "arc-easy | arc-challenge | gsm8k | smoltalk@10000 | spelling@300 | spellingbee@300"
-    )
-    """Tasks to train on: name[@rows][*epochs] joined by |. A name may be a file or folder of own
-    rows (jsonl or parquet)."""
-    val_mixture: str = "smoltalk@2000"
-    """Tasks whose test split gives the validation loss; empty: none."""
     total_batch_size: int = 65_536
     """Tokens in one optimizer step, over all ranks; -1: as the model was trained."""
     init_lr_frac: float = 0.02
@@ -40,7 +36,7 @@ class Args(ConversationFlags):
 
 
 def main(args: Args) -> None:
-    finetune(args, "sft")
+    finetune(args, "sft", MIXTURE, VAL_MIXTURE)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ Midtraining: the base model meets conversations, multiple choice and tools.
 
     python -m scripts.mid_train
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train -- --run=d20
+    python -m scripts.mid_train --data=my_conversations.jsonl --preview
 
 Starts from the newest base model (or --source_tag), sees the mixture once, and saves to
 mid_checkpoints/<tag>/. Row length and batch size are the base model's unless given.
@@ -15,24 +16,22 @@ from dataclasses import dataclass
 from nanochat import flags
 from nanochat.finetune import ConversationFlags, finetune
 
+# 460K conversations; 100K questions whose answer is a letter; 7K problems with calculator calls;
+# words to spell and letters to count.
+MIXTURE = "smoltalk | mmlu-aux | gsm8k | spelling@200000 | spellingbee@80000"
+VAL_MIXTURE = "smoltalk@5000 | mmlu@5000 | gsm8k@400"
+
 
 @dataclass
 class Args(ConversationFlags):
     """Midtrain a base model on conversations."""
 
-    # 460K conversations; 100K questions whose answer is a letter; 7K problems with calculator
-    # calls; words to spell and letters to count.
-    mixture: str = "smoltalk | mmlu-aux | gsm8k | spelling@200000 | spellingbee@80000"
-    """Tasks to train on: name[@rows][*epochs] joined by |. A name may be a file or folder of own
-    rows (jsonl or parquet)."""
-    val_mixture: str = "smoltalk@5000 | mmlu@5000 | gsm8k@400"
-    """Tasks whose test split gives the validation loss; empty: none."""
     eval_every: int = 150
     """Steps between evaluations; -1: only at the end."""
 
 
 def main(args: Args) -> None:
-    finetune(args, "mid")
+    finetune(args, "mid", MIXTURE, VAL_MIXTURE)
 
 
 if __name__ == "__main__":

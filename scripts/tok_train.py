@@ -28,7 +28,8 @@ from rich.progress import (
 
 from nanochat import flags
 from nanochat.common import UserError, append_jsonl, get_base_dir, print0
-from nanochat.dataset import Keep, iter_text_arrays, iter_texts, split_files, text_size
+from nanochat.dataset import iter_text_arrays, iter_texts, split_files, text_size
+from nanochat.preview import preview_corpus
 from nanochat.tokenizer import Tokenizer, without_surrogates
 
 NUM_CHECKED = 200  # documents on which decode(encode(text)) must give the text back
@@ -46,7 +47,12 @@ class Args:
     doc_cap: int = 10_000
     """Characters taken of each document, so that a few huge ones do not decide the vocabulary."""
     data: str | None = None
-    """A file, folder or glob of text; default: $NANOCHAT_BASE_DIR/base_data/."""
+    """Text: a file, folder or glob of parquet, jsonl(.gz, .zst) with `text`, or txt. Default:
+    base_data/."""
+    val_data: str | None = None
+    """Validation file, which is not read; default: as scripts.base_train chooses it."""
+    preview: bool = False
+    """Print a few documents and how many are counted, and stop."""
 
 
 class Corpus:
@@ -57,13 +63,13 @@ class Corpus:
 
     def __init__(self, args: Args) -> None:
         self.args = args
-        self.files = split_files(args.data)
+        self.files = split_files(args.data, args.val_data)
         self.docs = self.chars = 0
         self.bytes_read = 0  # about, and before anything is cut
         self.checked: list[str] = []  # the first few texts
 
     def __iter__(self) -> Iterator[Any]:
-        keep: Keep = "train" if self.files.by_hash else "all"  # a lone file holds both parts
+        keep = self.files.keep_train  # a lone file holds both parts
         for path in self.files.train:
             arrow = path.name.endswith(".parquet") and keep == "all"
             texts = ([text] for text in iter_texts([path], keep=keep))
@@ -138,6 +144,9 @@ def main(args: Args) -> None:
     for flag in ("max_chars", "doc_cap"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}={getattr(args, flag)}: must be at least 1")
+    if args.preview:
+        files = split_files(args.data, args.val_data)
+        return preview_corpus(files, args.doc_cap, args.max_chars)
 
     # Learn. The trainer pulls the texts through as it counts them; the corpus is never in memory.
     start = time.perf_counter()

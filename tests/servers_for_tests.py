@@ -10,10 +10,12 @@ A web server on 127.0.0.1 that misbehaves to order, for the tests of downloads.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -33,14 +35,21 @@ class Handler(BaseHTTPRequestHandler):
         with self.owner.lock:
             self.owner.paths.append(self.path)
             self.owner.ranges.append(self.headers.get("Range"))
-            script = self.owner.script.get(self.path, [])
-            answer = script.pop(0) if script else whole
-        if data is None:
+            self.owner.tokens.append(self.headers.get("Authorization"))
+            script = self.owner.script.get(self.path)
+            answer = script.pop(0) if script else self.owner.always or whole
+        if data is None and answer is whole:
             answer = fail(404)
         self.close_connection = True
         # The client may hang up on us; that is its business.
         with contextlib.suppress(ConnectionError):
             answer(self, data or b"")
+
+    def do_HEAD(self) -> None:
+        with self.owner.lock:
+            self.owner.heads.append(self.path)
+        data = self.owner.files.get(self.path)
+        self.send(404 if data is None else 200, b"", length=len(data or b""))
 
     def send(
         self, status: int, body: bytes, length: int | None = None, **headers: str | int
@@ -49,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.send_header("Connection", "close")
-        for name, value in headers.items():
+        for name, value in {**self.owner.headers.get(self.path, {}), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -64,8 +73,12 @@ class FileServer:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.script: dict[str, list[Answer]] = {}
-        self.paths: list[str] = []
+        self.always: Answer | None = None  # instead of `whole`, where the script says nothing
+        self.headers: dict[str, dict[str, str | int]] = {}  # more of them, by path
+        self.paths: list[str] = []  # of every GET, in order; the next two as well
         self.ranges: list[str | None] = []
+        self.tokens: list[str | None] = []
+        self.heads: list[str] = []  # paths of every HEAD
         self.lock = threading.Lock()
         handler = type("OwnedHandler", (Handler,), {"owner": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -142,3 +155,62 @@ def reset(count: int) -> Answer:
         handler.connection.close()
 
     return answer
+
+
+def stall(seconds: float, count: int = 100) -> Answer:
+    """Sends `count` bytes, and then nothing for a while."""
+
+    def answer(handler: Handler, data: bytes) -> None:
+        handler.send(200, data[:count], length=len(data))
+        handler.wfile.flush()
+        time.sleep(seconds)
+
+    return answer
+
+
+def drip(piece: int, seconds: float) -> Answer:
+    """The file, or the part that Range asks for, `piece` bytes at a time with pauses between."""
+
+    def answer(handler: Handler, data: bytes) -> None:
+        match = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range") or "")
+        first = int(match[1]) if match else 0
+        where = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        more = {"Content_Range": where} if match else {}
+        handler.send(206 if match else 200, b"", len(data) - first, **more)
+        for at in range(first, len(data), piece):
+            handler.wfile.write(data[at : at + piece])
+            time.sleep(seconds)
+
+    return answer
+
+
+def html(handler: Handler, data: bytes) -> None:
+    """A web page, as a captive portal sends it."""
+    handler.send(200, b"<html>please log in</html>", Content_Type="text/html; charset=utf-8")
+
+
+def compressed(handler: Handler, data: bytes) -> None:
+    """gzip, whether it was asked for or not."""
+    handler.send(200, gzip.compress(data), Content_Encoding="gzip")
+
+
+def chunked(pieces: int, end: bool) -> Answer:
+    """The file without its length, in pieces; without the last one, it is cut off."""
+
+    def answer(handler: Handler, data: bytes) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        size = -(-len(data) // pieces)
+        for at in range(0, len(data) if end else len(data) - size, size):
+            piece = data[at : at + size]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        if end:
+            handler.wfile.write(b"0\r\n\r\n")
+
+    return answer
+
+
+def redirect(url: str, **headers: str | int) -> Answer:
+    """302 to another address, as the hub does to its CDN."""
+    return lambda handler, data: handler.send(302, b"", Location=url, **headers)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from nanochat.common import (
@@ -130,10 +131,20 @@ def test_jsonl_round_trip_with_line_numbers(tmp_path: Path) -> None:
     assert rows[1][1] == {"a": 2}
 
 
-def test_jsonl_may_be_gzipped(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl.gz"
-    with gzip.open(path, "wt", encoding="utf-8") as f:
-        f.write('{"a": "é"}\n\n{"a": 2}\n')
+def packed(data: bytes, kind: str) -> bytes:
+    if kind == "gz":
+        return gzip.compress(data)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_jsonl_may_be_packed(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.jsonl.{kind}"
+    both = [packed(part.encode(), kind) for part in ('{"a": "é"}\n\n', '{"a": 2}\n')]
+    path.write_bytes(b"".join(both))  # as `cat` and the parallel packers make them
     assert list(read_jsonl(path)) == [(1, {"a": "é"}), (3, {"a": 2})]
 
 
@@ -143,20 +154,21 @@ def test_errors_of_jsonl_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rows\.jsonl:3: not valid JSON"):
         list(read_jsonl(path))
     path.write_bytes(b'{"a": "\xe9"}\n')  # Latin-1
-    with pytest.raises(UserError, match=r"rows\.jsonl is not UTF-8"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: after line 0 it is not UTF-8"):
         list(read_jsonl(path))
 
 
+@pytest.mark.parametrize("kind", ["gz", "zst"])
 @pytest.mark.parametrize("keep", [5, 20, -4])
-def test_a_torn_gzip_file_is_named(tmp_path: Path, keep: int) -> None:
+def test_a_torn_packed_file_is_named(tmp_path: Path, kind: str, keep: int) -> None:
     rng = random.Random(0)
-    data = gzip.compress(json.dumps([rng.random() for _ in range(50)]).encode())
-    path = tmp_path / "rows.jsonl.gz"
+    data = packed(json.dumps([rng.random() for _ in range(50)]).encode(), kind)
+    path = tmp_path / f"rows.jsonl.{kind}"
     path.write_bytes(data[:keep])
-    with pytest.raises(UserError, match=r"rows\.jsonl\.gz"):
+    with pytest.raises(UserError, match=rf"rows\.jsonl\.{kind} cannot be unpacked"):
         list(read_jsonl(path))
-    path.write_bytes(b"no gzip at all")
-    with pytest.raises(UserError, match=r"rows\.jsonl\.gz is not a whole gzip file"):
+    path.write_bytes(b"nothing packed at all")
+    with pytest.raises(UserError, match=rf"rows\.jsonl\.{kind} cannot be unpacked"):
         list(read_jsonl(path))
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset, flags
-from nanochat.common import UserError
+from nanochat import dataset
+from nanochat.common import UserError, get_base_dir
 from nanochat.dataset import (
     TXT_PIECE,
     find_files,
@@ -28,7 +23,6 @@ from nanochat.dataset import (
     train_files,
     val_file,
 )
-from tests.servers_for_tests import FileServer, fail, truncate
 
 TEXTS = [f"Document {i}: ä, 你好, and\na second line." for i in range(300)]
 
@@ -41,9 +35,10 @@ def parquet(path: Path, texts: list[str], column: str = "text") -> Path:
 
 def jsonl(path: Path, texts: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as f:
-        f.writelines(json.dumps({"text": text, "id": 1}) + "\n" for text in texts)
+    # By its name, Arrow packs as gzip or zstd, or not at all
+    with pa.output_stream(str(path)) as f:
+        for text in texts:
+            f.write((json.dumps({"text": text, "id": 1}) + "\n").encode())
     return path
 
 
@@ -85,7 +80,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # ---- reading
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_every_kind_gives_the_same_documents(tmp_path: Path, name: str) -> None:
     make = parquet if name.endswith("parquet") else jsonl
     path = make(tmp_path / name, TEXTS)
@@ -160,7 +155,7 @@ def broken(name: str, folder: Path) -> Path:
     if kind == "column":
         return parquet(path, TEXTS, column="content")
     if kind == "null":
-        return parquet(path, ["a", None])  # type: ignore[list-item]
+        return parquet(path, ["a"] * 1001 + [None])  # type: ignore[list-item]
     if kind == "numbers":
         pq.write_table(pa.table({"text": [5, 6]}), path)
         return path
@@ -190,18 +185,18 @@ def broken(name: str, folder: Path) -> Path:
         ("empty.parquet", "not a readable parquet file"),
         ("no_parquet.parquet", "delete it and download it again"),
         ("cut.parquet", "not a readable parquet file"),
-        ("damaged.parquet", "row group 0 is damaged"),
-        ("column.parquet", r"no column `text`; found \['content'\]"),
-        ("null.parquet", "row 1 of row group 0 holds NoneType"),
-        ("numbers.parquet", "row 0 of row group 0 holds int"),
-        ("bytes.parquet", "row group 0 is damaged: Invalid UTF8"),
+        ("damaged.parquet", r"row group 0 \(row 0 on\) is damaged"),
+        ("column.parquet", r"column\.parquet: row 0: there is no column `text`; found content"),
+        ("null.parquet", "row 1001: `text` is None, not a string"),
+        ("numbers.parquet", "row 0: `text` is 5, not a string"),
+        ("bytes.parquet", r"row group 0 \(row 0 on\) is damaged: Invalid UTF8"),
         ("json.jsonl", r"json\.jsonl:3: not valid JSON"),
-        ("field.jsonl", r"field\.jsonl:2: no string field `text`; found \['content', 'id'\]"),
-        ("number.jsonl", r"number\.jsonl:1: no string field `text`"),
-        ("list.jsonl", r"list\.jsonl:1: no string field `text`; found list"),
+        ("field.jsonl", r"field\.jsonl:2: no string field `text`; found the fields content, id"),
+        ("number.jsonl", r"number\.jsonl:1: no string field `text`; found 5"),
+        ("list.jsonl", r"list\.jsonl:1: no string field `text`; found \['a'\]"),
         ("latin.jsonl", "not UTF-8"),
-        ("latin.txt", "not UTF-8"),
-        ("torn.jsonl.gz", "not a whole gzip file"),
+        ("latin.txt", r"latin\.txt:1: not UTF-8"),
+        ("torn.jsonl.gz", "cannot be unpacked"),
         ("empty.csv", "cannot read this kind of file"),
     ],
 )
@@ -309,6 +304,40 @@ def test_a_lone_file_keeps_its_validation_documents_when_others_come(tmp_path: P
     assert not set(iter_texts(split.train, keep="train")) & set(before)
 
 
+def test_names_that_say_what_a_file_is_for(tmp_path: Path) -> None:
+    """The last file by name would be train.jsonl; the test file would be trained on."""
+    for name in ("test.jsonl", "train-00000.jsonl", "train-00001.jsonl"):
+        jsonl(tmp_path / name, TEXTS)
+    split = split_files(str(tmp_path))
+    assert split.val.name == "test.jsonl"
+    assert names(split.train) == ["train-00000.jsonl", "train-00001.jsonl"]
+    jsonl(tmp_path / "validation.jsonl", TEXTS)  # comes later: neither pinned nor trained on
+    assert split_files(str(tmp_path)) == split
+    (get_base_dir() / "validation_files.json").unlink()
+    split = split_files(str(tmp_path))
+    assert split.val.name == "validation.jsonl" and len(split.train) == 2
+
+
+def test_names_mean_nothing_where_there_is_no_train_file(tmp_path: Path) -> None:
+    for name in ("development.txt", "test of time.txt", "trains.txt", "values.txt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    assert split_files(str(tmp_path)).val.name == "values.txt"
+    assert len(split_files(str(tmp_path)).train) == 3
+
+
+def test_a_glob_may_go_down(tmp_path: Path) -> None:
+    for place in ("a", "b/c"):
+        jsonl(tmp_path / place / "x.jsonl", TEXTS)
+    assert len(find_files(str(tmp_path / "**" / "*.jsonl"))) == 2
+
+
+def test_what_validation_is_can_be_said_in_words(folder: Path) -> None:
+    assert split_files(str(folder)).validation == "c.jsonl"
+    lone = split_files(str(folder / "a.jsonl"))
+    assert lone.validation == "a.jsonl: 1 document in 50, by its hash"
+    assert (lone.keep_train, lone.keep_val) == ("train", "val")
+
+
 def test_val_data_names_the_file(folder: Path, tmp_path: Path) -> None:
     other = jsonl(tmp_path / "val.jsonl", TEXTS)
     split = split_files(str(folder), str(other))
@@ -325,99 +354,3 @@ def test_the_real_data_is_split_by_its_last_shard(shared_data: Path) -> None:
     split = split_files(str(shared_data / "fineweb_like"))
     assert split.val.name == "shard_00004.parquet" and len(split.train) == 4
     assert len(next(iter_texts([split.val]))) > 100
-
-
-# ---- downloading
-
-
-def shard(index: int) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"text": [f"shard {index} {text}" for text in TEXTS]}), buffer)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    monkeypatch.setattr(dataset, "LAST_SHARD", 4)
-    root = f"/datasets/{dataset.DEFAULT_REPO}/resolve/main"
-    with FileServer({f"{root}/{dataset.shard_name(i)}": shard(i) for i in range(5)}) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
-        yield server
-
-
-def have(base_dir: Path) -> list[str]:
-    return sorted(p.name[6:11] for p in (base_dir / "base_data").iterdir())
-
-
-def cli(*argv: str) -> None:
-    flags.run(dataset.main, dataset.Args, argv)
-
-
-def test_the_first_n_and_the_validation_shard(hub: FileServer, own_base_dir: Path) -> None:
-    cli("-n", "2")
-    assert have(own_base_dir) == ["00000", "00001", "00004"]
-    assert next(iter_texts([val_file()])).startswith("shard 4 ")
-    cli("-n", "3", "-w", "1")  # what is there is not fetched again
-    assert len(hub.paths) == 4
-    cli("-n", "-1")
-    assert have(own_base_dir) == ["00000", "00001", "00002", "00003", "00004"]
-
-
-def test_another_repository_of_the_same_layout(hub: FileServer, own_base_dir: Path) -> None:
-    hub.files = {path.replace(dataset.DEFAULT_REPO, "me/mine"): d for path, d in hub.files.items()}
-    cli("-n", "1", "--repo=me/mine")
-    assert have(own_base_dir) == ["00000", "00004"]
-
-
-def test_a_failed_shard_ends_with_1_and_running_again_finishes(
-    own_base_dir: Path,
-) -> None:
-    root = f"/datasets/{dataset.DEFAULT_REPO}/resolve/main"
-    wanted = [dataset.shard_name(i) for i in (0, 1, 1822)]
-    with FileServer({f"{root}/{name}": shard(7) for name in wanted}) as server:
-        server.script[f"{root}/{wanted[0]}"] = [truncate(1000)]  # mended on the way
-        server.script[f"{root}/{wanted[1]}"] = [fail(404)]
-        runs = []
-        for _ in range(2):
-            command = [sys.executable, "-m", "nanochat.dataset", "-n", "2"]
-            env = {**os.environ, "HF_ENDPOINT": server.url}
-            runs.append(
-                subprocess.run(
-                    command, env=env, capture_output=True, text=True, encoding="utf-8", check=False
-                )
-            )
-    assert runs[0].returncode == 1
-    assert "1 shards failed; run the same command again" in runs[0].stderr
-    assert f"{wanted[1]} answered HTTP 404" in runs[0].stderr
-    assert "Traceback" not in runs[0].stderr
-    assert runs[1].returncode == 0, runs[1].stderr
-    assert "2 shards were there, 1 fetched" in runs[1].stdout
-    assert have(own_base_dir) == ["00000", "00001", "01822"]
-
-
-def test_what_is_no_parquet_file_never_gets_a_name(
-    hub: FileServer, own_base_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nanochat.download.RETRIES", 1)
-    path = next(path for path in hub.files if "00001" in path)
-    hub.files[path] = b"<html>please log in</html>"
-    with pytest.raises(SystemExit) as ended:
-        cli("-n", "2")
-    assert ended.value.code == 1
-    assert have(own_base_dir) == ["00000", "00004"]
-
-
-def test_a_disk_that_is_too_small_is_found_before_the_first_byte(
-    hub: FileServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"3 shards need .* GB free; use a smaller -n"):
-        dataset.main(dataset.Args(num_files=2))
-    assert hub.paths == []
-
-
-@pytest.mark.parametrize("number", [0, -2])
-def test_a_number_that_means_nothing(hub: FileServer, number: int) -> None:
-    with pytest.raises(UserError, match=f"-n {number}"):
-        dataset.main(dataset.Args(num_files=number))

@@ -51,3 +51,9 @@ def test_absent_tools_are_tolerated(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.git_revision(tmp_path) is None
+
+
+def test_peaks_are_found_by_the_drivers_name() -> None:
+    assert machine.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert machine.peak_flops("NVIDIA GeForce RTX 4090") == 165e12
+    assert machine.peak_flops("Some new GPU") is None

@@ -258,6 +258,20 @@ def test_state_saved_and_loaded_continues_bitwise() -> None:
         assert torch.equal(p, again[name]), name
 
 
+def test_the_state_that_is_given_is_a_copy() -> None:
+    """It is written while the next step changes the state in place."""
+    params = parameters(MATRICES | OTHERS)
+    optimizer = both_kinds(params)
+    set_gradients(params, 0)
+    optimizer.step(1.0)
+    given = optimizer.state_dict()
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    set_gradients(params, 1)
+    optimizer.step(1.0)
+    assert all(torch.equal(given[name], before[name]) for name in before)
+    assert not any(torch.equal(t, before[name]) for name, t in optimizer.state_dict().items())
+
+
 def test_state_before_the_first_step_is_zeros() -> None:
     """A checkpoint of step 0 has every entry, so that loading needs no special case."""
     state = both_kinds(parameters(MATRICES | OTHERS)).state_dict()

@@ -232,3 +232,15 @@ def test_a_reward_that_is_not_finite_is_refused(engine: Engine) -> None:
 
     with pytest.raises(UserError, match="reward of problem 9 is nan"):
         sample_rollouts(engine, Broken(), [9], **SETTINGS)
+
+
+def test_rollouts_are_broken_off(engine: Engine) -> None:
+    asked = 0
+
+    def stopped() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 4
+
+    rollouts = sample_rollouts(engine, Longest(), [4, 9], **SETTINGS, stopped=stopped)
+    assert rollouts.lengths.max() == 4 and rollouts.rewards.shape == (2, 3)

@@ -30,14 +30,16 @@ FLOORS = {
     **dict.fromkeys(
         ["conversation", "download", "execution", "execution_child", "flags", "machine"], 0.5
     ),
-    **dict.fromkeys(["schedule", "vocabulary"], 0.5),
-    "tokenizer_files": 0.75,
+    **dict.fromkeys(["manifest", "schedule", "threads", "vocabulary"], 0.5),
+    **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
+    "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
-    "tokenizer": 1.5,
-    **dict.fromkeys(["dataloader", "optim", "plan", "tasks"], 2),
+    **dict.fromkeys(["token_cache", "tokenizer"], 1.5),
+    **dict.fromkeys(["dataloader", "optim", "plan", "tasks", "text_source"], 2),
     "primer": 2.5,
     **dict.fromkeys(["checkpoint", "engine", "hf"], 3),
-    **dict.fromkeys(["evals", "report", "serve", "train"], 4),
+    "start": 3.5,
+    **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["finetune", "rollout"], 4.5),
 }
 MAX_LINES = 450

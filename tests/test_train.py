@@ -1,7 +1,7 @@
 """
-Runs of the training stages: the golden curve, resuming, two ranks, signals.
+Runs of the training stages: the golden curve, what a resume refuses, two ranks.
 
-A resumed run must be bitwise the run that was never stopped: the same rows, losses and weights.
+That a resumed run is the run that was never stopped is shown in test_kill_resume.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat.checkpoint import list_steps, load_model, step_dir
+from nanochat.checkpoint import list_steps, load_model, stage_dir, step_dir
 from nanochat.common import UserError, get_base_dir
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, REPO, RL_FLAGS, make_world, run_stage, torchrun
+from tests.tiny_world import (
+    BASE_FLAGS,
+    MID_FLAGS,
+    REPO,
+    RL_FLAGS,
+    make_world,
+    run_stage,
+    torchrun,
+    torchrun_command,
+)
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
 
@@ -51,24 +60,22 @@ def base(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return world
 
 
+def log_path(stage: str, tag: str) -> Path:
+    return get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
+
+
 def losses(stage: str, tag: str) -> list[float]:
-    """The logged loss of every step; of a step logged twice, the last."""
-    path = get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    by_step = {row["step"]: row["loss"] for row in rows if row["event"] == "step"}
-    return [by_step[k] for k in sorted(by_step)]
+    """The logged loss of every step, each of which has one row."""
+    lines = log_path(stage, tag).read_text(encoding="utf-8").splitlines()
+    steps = [row for row in map(json.loads, lines) if row["event"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    return [row["loss"] for row in steps]
 
 
 def weights(stage: str, tag: str, step: int) -> dict[str, torch.Tensor]:
     folder = step_dir(stage, tag, step)
     both = {**load_file(folder / "model.safetensors"), **load_file(folder / "optim.safetensors")}
-    assert both
-    return both
-
-
-def assert_bitwise(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    return {name: tensor.clone() for name, tensor in both.items()}  # not a view of the file
 
 
 @pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
@@ -91,34 +98,57 @@ STAGES = [("base", "base_train", BASE_FLAGS, 6), ("mid", "mid_train", MID_FLAGS,
           ("rl", "chat_rl", RL_FLAGS, 4)]  # fmt: skip
 
 
-@pytest.mark.parametrize("stage, script, argv, steps", STAGES)
-def test_resume_is_bitwise(
-    base: Path, stage: str, script: str, argv: list[str], steps: int
-) -> None:
-    """Half the run, a resume, the other half: the same as in one go. Twice in a row."""
-    third = steps // 3
-    source = [] if stage == "base" else ["--source_tag=d2"]
-    argv = [*argv, *source, "--eval_every=2", f"--save_every={third}", "--keep_last=-1"]
-    run_stage(script, *argv, "--model_tag=whole")
-    run_stage(script, *argv, "--model_tag=cut")
-    for first in (third, 2 * third):
-        for step in list_steps(stage, "cut"):
-            if step > first:
-                shutil.rmtree(step_dir(stage, "cut", step))
-        run_stage(script, *argv, "--model_tag=cut", "--resume")
-    assert list_steps(stage, "cut") == list_steps(stage, "whole")
-    assert losses(stage, "cut") == losses(stage, "whole")
-    assert_bitwise(weights(stage, "cut", steps), weights(stage, "whole", steps))
-
-
 def test_resume_refuses_what_differs(base: Path) -> None:
     argv = [*BASE_FLAGS, "--model_tag=strict", "--save_every=3"]
     run_stage("base_train", *argv)
-    for flag, named in [("--seed=7", "--seed"), ("--depth=3", "shape"),
+    for flag, named in [("--seed=7", "--seed"), ("--depth=3", "architecture and shape"),
                         ("--total_batch_size=128", "--total_batch_size"),
-                        ("--num_iterations=9", "number of steps")]:  # fmt: skip
-        with pytest.raises(UserError, match=named):
+                        ("--matrix_lr=0.01", "--matrix_lr"), ("--warmup_steps=2", "--warmup_steps"),
+                        ("--num_iterations=9", "--num_iterations"),
+                        ("--source_tag=d2", "starting checkpoint")]:  # fmt: skip
+        with pytest.raises(UserError, match=f"step_000003: its {named} was .*, now it is "):
             run_stage("base_train", *argv, flag, "--resume_from_step=3")
+    other = base / "other.txt"
+    other.write_text(
+        "\n\n".join(f"Another text about {k}." * 9 for k in range(99)), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"its train data was .*; its val data was "):
+        run_stage("base_train", *argv, f"--data={other}", "--resume_from_step=3")
+
+
+def test_resume_passes_over_a_damaged_checkpoint(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And comes to the same end from the one before."""
+    argv = [*BASE_FLAGS, "--model_tag=damaged", "--save_every=2", "--keep_last=3"]
+    run_stage("base_train", *argv)
+    whole = weights("base", "damaged", 6)
+    path = step_dir("base", "damaged", 6) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors was altered.*--resume_from_step=4\)"):
+        run_stage("base_train", *argv, "--resume_from_step=6")
+    run_stage("base_train", *argv, "--resume")
+    said = capsys.readouterr()
+    assert "step_000006 is damaged and passed over: model.safetensors was altered" in said.err
+    assert "step_000004 at step 4, row 16 of the data" in said.out
+    again = weights("base", "damaged", 6)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_change_can_be_allowed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run goes on under the new flags, and later resumes must have those."""
+    argv = [*BASE_FLAGS, "--model_tag=changed", "--save_every=3"]
+    run_stage("base_train", *argv)
+    changed = [*argv, "--num_iterations=9", "--matrix_lr=0.01"]
+    allowed = "--allow_changes=--num_iterations|--matrix_lr"
+    run_stage("base_train", *changed, "--resume", allowed)
+    assert "--matrix_lr was 0.02, now it is 0.01" in capsys.readouterr().err
+    assert list_steps("base", "changed") == [6, 9] and len(losses("base", "changed")) == 9
+    run_stage("base_train", *changed, "--resume")
+    with pytest.raises(UserError, match=r"--matrix_lr was 0\.01, now it is 0\.02"):
+        run_stage("base_train", *argv, "--num_iterations=9", "--resume")
 
 
 def test_accumulation_does_not_matter(base: Path) -> None:
@@ -143,39 +173,74 @@ def test_pretraining_goes_on_from_a_base_model(base: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, script, argv, steps", STAGES)
-def test_two_ranks_equal_one(
+def test_two_ranks_resume_what_one_began(
     base: Path, stage: str, script: str, argv: list[str], steps: int
 ) -> None:
     """Under torchrun with two gloo ranks: the same rows, and the same losses as one process."""
     source = [] if stage == "base" else ["--source_tag=d2"]
-    argv = [*argv, *source, "--device_batch_size=1"]
+    argv = [*argv, *source, "--device_batch_size=1", "--save_every=2", "--keep_last=-1"]
     run_stage(script, *argv, "--model_tag=one")
-    done = torchrun(2, script, *argv, "--model_tag=two")
+    shutil.copytree(step_dir(stage, "one", 2), step_dir(stage, "two", 2))
+    shutil.copy(log_path(stage, "one"), log_path(stage, "two"))
+    done = torchrun(2, script, *argv, "--model_tag=two", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(stage, "two") == pytest.approx(losses(stage, "one"), rel=1e-3, abs=1e-5)
-    one, two = weights(stage, "one", steps), weights(stage, "two", steps)
-    assert one.keys() == two.keys()
-    # What two ranks saved, one rank resumes.
-    run_stage(script, *argv, "--model_tag=two", "--resume")
+    assert list_steps(stage, "two") == list_steps(stage, "one")[: steps // 2]
+    assert weights(stage, "one", steps).keys() == weights(stage, "two", steps).keys()
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0(base: Path) -> None:
-    command = [sys.executable, "-m", "scripts.base_train", *BASE_FLAGS,
-               "--num_iterations=100000", "--model_tag=stopped", "--eval_every=-1"]  # fmt: skip
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
+def test_one_rank_resumes_what_two_saved_when_one_of_them_got_a_signal(base: Path) -> None:
+    """Both ranks end with the same step, saved, and status 0."""
+    argv = [*BASE_FLAGS, "--num_iterations=24", "--device_batch_size=1", "--eval_every=-1"]
+    command = [*torchrun_command(2, "base_train"), *argv, "--model_tag=pair"]
     process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if "base step 3/" in line:
+        if "base step 1/" in line:
             break
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    second = int(children.read_text(encoding="utf-8").split()[1])
+    os.kill(second, signal.SIGTERM)
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 0
-    assert "--resume" in rest
-    (step,) = list_steps("base", "stopped")
-    assert step >= 3
-    load_model("base", "cpu", "stopped", step)
+    assert "stopped by a signal at step" in rest and "--resume" in rest
+    (step,) = list_steps("base", "pair")
+    assert 1 <= step < 24
+    run_stage("base_train", *argv, "--model_tag=pair", "--resume")
+    run_stage("base_train", *argv, "--model_tag=alone")
+    assert losses("base", "pair") == pytest.approx(losses("base", "alone"), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_quits_at_once(base: Path) -> None:
+    """While the save that the first one asked for is being written to a slow disk."""
+    program = (
+        "import sys, time; from nanochat import checkpoint, flags; from scripts import base_train\n"
+        "checkpoint.save_file = lambda *args: time.sleep(60)\n"
+        "flags.run(base_train.main, base_train.Args)"
+    )
+    argv = [*BASE_FLAGS, "--num_iterations=1000", "--model_tag=twice", "--eval_every=-1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *argv], cwd=REPO, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if "base step 3/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "Ctrl-C quits at once" in line:
+            break
+    started = time.monotonic()
+    while not list((stage_dir("base") / "twice").glob(".step_*.tmp")):
+        assert time.monotonic() - started < 30
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    assert list_steps("base", "twice") == []
 
 
 def test_preview_trains_nothing(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,12 +49,17 @@ def run_stage(name: str, *argv: str) -> None:
     main(flags.parse(module.Args, list(argv)))
 
 
+def torchrun_command(ranks: int, name: str) -> list[str]:
+    """The words before the flags of scripts.<name>."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+        "-m", f"scripts.{name}", "--",
+    ]  # fmt: skip
+
+
 def torchrun(ranks: int, name: str, *argv: str) -> subprocess.CompletedProcess[str]:
     """Runs scripts.<name> under torchrun with that many gloo ranks on this machine."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-        "-m", f"scripts.{name}", "--", *argv,
-    ]  # fmt: skip
+    command = [*torchrun_command(ranks, name), *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=REPO, env=env, capture_output=True, text=True, encoding="utf-8",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, print0
 from nanochat.distributed import broadcast_object, rank_and_world
-from nanochat.download import download
+from nanochat.download import Patience, download
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_UNZIPPED = 2 << 30  # bytes; the real one is about 160 MB
@@ -52,7 +52,8 @@ def _fetch(bundle_dir: Path) -> None:
     archive = bundle_dir.parent / "eval_bundle.zip"
     print0(f"downloading {BUNDLE_URL}")
     # Somebody who is offline should not wait for minutes to hear of it
-    download(BUNDLE_URL, archive, check=_check_zip, pause=lambda s: time.sleep(min(s, 2.0)))
+    patience = Patience(pause=lambda s: time.sleep(min(s, 2.0)))
+    download(BUNDLE_URL, archive, _check_zip, patience=patience)
     unpack(archive, bundle_dir)
     archive.unlink()
 

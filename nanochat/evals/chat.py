@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -64,11 +64,13 @@ def run_chat_eval(
     max_problems: int | None = None,
     seed: int = 42,
     items_path: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
     """Evaluates `task`, or a fixed random part of it with at most `max_problems`.
 
     The result depends neither on batch_size nor on the number of ranks. `items_path` gets a jsonl
-    of all problems and replies. Raises UserError for a task that has no right answers."""
+    of all problems and replies. When `stopped()` turns true on any rank the result comes soon, and
+    is worthless. Raises UserError for a task that has no right answers."""
     problems = pick_problems(len(task), max_problems, seed)
     if not problems:
         raise UserError(f"{task.name} has no problems to evaluate")
@@ -79,7 +81,7 @@ def run_chat_eval(
     model.eval()
     with Progress(console=Console(stderr=True), transient=True, disable=rank != 0) as progress:
         bar = progress.add_task(task.name, total=len(mine))
-        run = _Run(task, model, tokenizer, batch_size, lambda n: progress.advance(bar, n))
+        run = _Run(task, model, tokenizer, batch_size, lambda n: progress.advance(bar, n), stopped)
         if task.eval_type == "categorical":
             items = run.categorical(mine)
         else:
@@ -110,13 +112,15 @@ def pick_problems(total: int, max_problems: int | None, seed: int) -> list[int]:
 
 @dataclass
 class _Run:
-    """What both ways need. `done(n)` hears of n finished problems."""
+    """What both ways need. `done(n)` hears of n finished problems; when `stopped()` turns true no
+    further batch is begun."""
 
     task: Task
     model: Any
     tokenizer: Any
     batch_size: int
     done: Any
+    stopped: Callable[[], bool]
 
     def _batches(self, problems: Sequence[tuple[int, Any]], limit: int) -> list[list[Any]]:
         """Batches of (index, conversation, prompt ids), prompts of like length together."""
@@ -152,6 +156,8 @@ class _Run:
                 answer = {"reply": letters[best], "correct": correct}
                 items.append({**_item(index, conversation), **answer})
             self.done(len(batch))
+            if self.stopped():
+                break
         return items
 
     def generative(
@@ -174,8 +180,9 @@ class _Run:
             # A seed of its own for each problem: who shares the batch does not matter
             seeds = [seed_from("reply", seed, index) for index, _, _ in batch]
             sequences, masks = engine.generate_batch(
-                [prompt for _, _, prompt in batch], max_tokens=max_tokens, seed=seeds, **sampling
-            )
+                [prompt for _, _, prompt in batch], max_tokens=max_tokens, seed=seeds,
+                stopped=self.stopped, **sampling,
+            )  # fmt: skip
             for b, (index, conversation, prompt) in enumerate(batch):
                 rows = range(b * samples, (b + 1) * samples)
                 replies = [
@@ -185,6 +192,8 @@ class _Run:
                 solved = any(reply["correct"] for reply in replies)
                 items.append({**_item(index, conversation), "replies": replies, "correct": solved})
             self.done(len(batch))
+            if self.stopped():
+                break
         return items
 
     def _reply(self, conversation: Any, ids: list[int], mask: list[int]) -> Item:

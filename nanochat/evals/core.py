@@ -250,11 +250,18 @@ def gold(task: CoreTask, item: Item) -> int:
 
 
 def predict_task(
-    task: CoreTask, items: Sequence[Item], indices: Sequence[int], model: Any, tokenizer: Any
+    task: CoreTask,
+    items: Sequence[Item],
+    indices: Sequence[int],
+    model: Any,
+    tokenizer: Any,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[int]:
-    """The prediction for each of the rows `indices`."""
+    """The prediction for each of the rows `indices`; of fewer when `stopped()` turns true."""
     predictions: list[int] = []
     for at in range(0, len(indices), CHUNK):
+        if stopped():
+            break
         chunk = indices[at : at + CHUNK]
         prompts = []
         for index in chunk:
@@ -291,11 +298,13 @@ def evaluate_core(
     bundle_dir: Path,
     max_per_task: int = -1,
     say: Callable[[str], None] = print0,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """{"core_metric", "core_stderr", and by task: "results", "centered", "n", "stderr"}.
 
     results are accuracies, 0 to 1; stderr is that of the accuracy. The rows are shared out over the
-    ranks. Raises UserError where the bundle is not complete."""
+    ranks. When `stopped()` turns true on any of them the outcome comes soon, and is worthless.
+    Raises UserError where the bundle is not complete."""
     outcome: dict[str, Any] = {"results": {}, "centered": {}, "n": {}, "stderr": {}}
     rank, world = rank_and_world()
     was_training = model.training
@@ -308,7 +317,8 @@ def evaluate_core(
         rows = evaluated_rows(task.label, len(items), max_per_task)
         mine = rows[rank::world]
         right = 0
-        for prediction, index in zip(predict_task(task, items, mine, model, tokenizer), mine):
+        predictions = predict_task(task, items, mine, model, tokenizer, stopped)
+        for prediction, index in zip(predictions, mine):
             right += prediction == gold(task, items[index])
         correct = sum_over_ranks(right, device=model.get_device())[0]
         accuracy = correct / len(rows)
@@ -319,6 +329,8 @@ def evaluate_core(
         outcome["n"][task.label] = len(rows)
         outcome["stderr"][task.label] = stderr
         variance += (stderr / (1 - chance)) ** 2
+        if stopped():
+            continue  # what is said would be wrong
         say(
             f"{number:>2}/{len(tasks)} {task.label:<32} accuracy {accuracy:.4f}  "
             f"centred {centered:+.4f}  n {len(rows):>5}  {time.monotonic() - started:.0f}s"

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from nanochat.common import UserError, get_base_dir, read_jsonl
 from nanochat.conversation import Conversation, check_conversation
+from nanochat.dataset import ROW_SUFFIXES
 
 Row = dict[str, Any]
 
@@ -132,6 +133,22 @@ class Rows:
         return f"{label}:{lines[offset]}" if lines is not None else f"{label}: row {offset}"
 
 
+class ChosenRows(Rows):
+    """Some of the rows of another."""
+
+    def __init__(self, rows: Rows, numbers: Sequence[int]) -> None:
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: int) -> Row:
+        return self._rows[self._numbers[i]]
+
+    def where(self, i: int) -> str:
+        return self._rows.where(self._numbers[i])
+
+
 class _TableRows(Sequence[Row]):
     """An Arrow table as a sequence of dicts, each made when it is asked for."""
 
@@ -152,6 +169,9 @@ def read_rows(paths: Sequence[Path]) -> Rows:
 
     parts: list[tuple[str, Sequence[Row], Sequence[int] | None]] = []
     for path in paths:
+        if not path.name.endswith(ROW_SUFFIXES):
+            kinds = ", ".join(ROW_SUFFIXES)
+            raise UserError(f"{path}: conversations and problems are read from {kinds} files")
         if path.suffix == ".parquet":
             try:
                 # partitioning=None: a folder name like "split=test" must not become a column
@@ -167,17 +187,18 @@ def read_rows(paths: Sequence[Path]) -> Rows:
     return rows
 
 
-_SHARD = re.compile(r"-(\d+)-of-(\d+)\.(?:parquet|jsonl)$")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.(?:parquet|jsonl|jsonl\.gz|jsonl\.zst)$")
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split in a folder: <split>.parquet, <split>.jsonl, or all of its shards named
-    <split>-00000-of-00004.parquet. Empty if there are none; UserError if shards are missing."""
-    for suffix in ("parquet", "jsonl"):
-        whole = folder / f"{split}.{suffix}"
+    """The files of a split in a folder: <split>.parquet, <split>.jsonl (or .jsonl.gz, .jsonl.zst),
+    or all of its shards named <split>-00000-of-00004.parquet. Empty if there are none; UserError if
+    shards are missing."""
+    for suffix in ROW_SUFFIXES:
+        whole = folder / f"{split}{suffix}"
         if whole.is_file():
             return [whole]
-        shards = sorted(folder.glob(f"{split}-*-of-*.{suffix}"))
+        shards = sorted(folder.glob(f"{split}-*-of-*{suffix}"))
         shards = [p for p in shards if _SHARD.fullmatch(p.name.removeprefix(split))]
         if shards:
             match = _SHARD.search(shards[0].name)

@@ -10,7 +10,8 @@ Your own rows, without code: a folder or file whose rows are recognised by their
 
 get_task("my-data", "train") reads $NANOCHAT_BASE_DIR/task_data/my-data/train.{jsonl,parquet};
 get_task("some/folder", "test") the folder's test split; get_task("some/file.jsonl") all of the
-file. Every row is checked when the task is made, so that a bad one does not end a run hours later.
+file. load_own("some/place"), for the flag --data, takes a file, a folder or a glob and holds some
+of it out. Every row is checked when a task is made: a bad one does not end a run hours later.
 
 `expected` is a string, or a list of them: a reply is right if one of them is in it as a whole word
 or number, in any case. With `expected_exact` true the stripped reply must equal one of them;
@@ -19,14 +20,26 @@ or number, in any case. With `expected_exact` true the stripped reply must equal
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanochat import dataset
 from nanochat.common import UserError, get_base_dir
 from nanochat.conversation import Conversation
 from nanochat.tasks.choice import MultipleChoice, RestatedChoice
-from nanochat.tasks.common import REGISTRY, Row, Rows, RowTask, Task, read_rows, split_files
+from nanochat.tasks.common import (
+    REGISTRY,
+    ChosenRows,
+    Row,
+    Rows,
+    RowTask,
+    Task,
+    read_rows,
+    split_files,
+)
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.humaneval import HumanEval
 from nanochat.tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -114,10 +127,13 @@ def make_task(rows: Rows, name: str, **slicing: Any) -> RowTask:
     """The task for these rows, every one of them checked. Raises UserError with file and row."""
     first = task_class(rows[0])
     if first is None:
+        found = ", ".join(rows[0]) or "nothing"
+        if {"question", "answer"} <= rows[0].keys():
+            found += f" (the answer is {rows[0]['answer']!r:.60})"
         raise UserError(
-            f"{rows.where(0)}: cannot tell what kind of row this is, it has the columns "
-            f"{', '.join(rows[0]) or 'nothing'}. Known are: messages | question, choices, answer | "
-            "question, answer (ending in #### NUMBER) | prompt, test, entry_point | word"
+            f"{rows.where(0)}: cannot tell what kind of row this is, it has the columns {found}. "
+            "Known are: messages | question, choices, answer | question, answer (ending in "
+            "#### NUMBER) | prompt, test, entry_point | word"
         )
     task = first(rows, **slicing)
     task.name = name
@@ -153,3 +169,52 @@ def find_files(name: str, split: str) -> list[Path]:
 def load(name: str, split: str, **slicing: Any) -> Task:
     """The task made of the rows at a path, or in task_data/<name>/."""
     return make_task(read_rows(find_files(name, split)), name, **slicing)
+
+
+# -----------------------------------------------------------------------------
+# --data: a file, a folder or a glob, and what of it is held out
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Own rows to train on, and those held out; `validation` says in words which these are."""
+
+    train: RowTask
+    val: RowTask | None  # None: there are too few to hold one out
+    validation: str
+
+
+def load_own(data: str, val_data: str | None = None, answers: bool = False) -> OwnData:
+    """The rows of a file, folder or glob, split as texts are (see dataset.split_files): a file of
+    its own is held out, pinned by name; of a lone file, some rows, by a hash of what they ask.
+
+    With `answers`, every row must have a right answer to evaluate replies by."""
+    files = dataset.split_files(data, val_data, dataset.ROW_SUFFIXES)
+    rows = read_rows(files.train)
+    train = _kept(rows, files.keep_train)
+    held_out = _kept(rows if files.train == [files.val] else read_rows([files.val]), files.keep_val)
+    if not len(train):
+        raise UserError(f"--data={data} has too few rows to train on: add some, or use --val_data")
+    tasks = [make_task(some, data) for some in (train, held_out) if len(some)]
+    for task in tasks if answers else []:
+        for i in range(len(task)):
+            if isinstance(task, Custom) and "expected" not in task[i]:
+                raise UserError(
+                    f'{task.rows.where(i)}: there is no "expected" with what a right reply contains'
+                )
+    return OwnData(tasks[0], tasks[1] if len(tasks) == 2 else None, files.validation)
+
+
+def _kept(rows: Rows, keep: dataset.Keep) -> Rows:
+    if keep == "all":
+        return rows
+    wanted = keep == "val"
+    return ChosenRows(rows, [i for i in range(len(rows)) if _is_val(rows[i]) == wanted])
+
+
+def _is_val(row: Row) -> bool:
+    """Decided by what is asked (of a conversation, by all of it): other columns change nothing, and
+    no question is on both sides."""
+    asked = next((row[k] for k in ("messages", "question", "prompt", "word") if row.get(k)), None)
+    text = json.dumps(asked, sort_keys=True, ensure_ascii=False, default=str)
+    return dataset.is_val_document(text)

@@ -77,7 +77,9 @@ class TaskMixture(Task):
             numbers.append(np.tile(taken, ingredient.epochs))
             self.rows.append(MixtureRow(ingredient.name, len(taken), ingredient.epochs, 0.0))
         order = _permutation(sum(map(len, numbers)), "mixture", seed)
-        self._owners, self._numbers = np.concatenate(owners)[order], np.concatenate(numbers)[order]
+        # (conversations,): the task that each one is of, as an index into `rows`
+        self.owners = np.concatenate(owners)[order]
+        self._numbers = np.concatenate(numbers)[order]
         self.rows = [r._replace(share=r.rows * r.epochs / len(order)) for r in self.rows]
 
     @staticmethod
@@ -95,16 +97,37 @@ class TaskMixture(Task):
         return len(self._numbers)
 
     def conversation(self, i: int) -> Conversation:
-        return self.tasks[self._owners[i]][int(self._numbers[i])]
+        return self.tasks[self.owners[i]][int(self._numbers[i])]
 
-    def describe(self) -> str:
-        """A table of the tasks, their rows, epochs and share of the conversations."""
-        width = max(len("task"), *(len(row.name) for row in self.rows))
-        lines = [f"{'task':<{width}}  {'rows':>9}  epochs  share"]
-        for row in self.rows:
-            lines.append(f"{row.name:<{width}}  {row.rows:>9,}  {row.epochs:>6}  {row.share:>5.1%}")
-        lines.append(f"{'all':<{width}}  {len(self):>9,}")
-        return "\n".join(lines)
+    def describe(self, counts: np.ndarray | None = None) -> str:
+        """A table of the tasks, their rows, epochs and share of the conversations.
+
+        With `counts` (conversations, 3), the tokens of each, those in its row, and those trained
+        on, also their share of the tokens, and how many are cut or dropped."""
+        table = [["task", "rows", "epochs", "share"]]
+        table += [[r.name, f"{r.rows:,}", str(r.epochs), f"{r.share:.1%}"] for r in self.rows]
+        table.append(["all", f"{len(self):,}", "", ""])
+        if counts is not None:
+            table[0] += ["tokens", "share", "trained on", "cut", "dropped"]
+            for i, line in enumerate(table[1:]):
+                # The last line is of all tasks
+                mine = counts if i == len(self.rows) else counts[self.owners == i]
+                tokens = mine[:, 1].sum()
+                dropped = mine[:, 1] == 0
+                cut = (mine[:, 1] < mine[:, 0]) & ~dropped
+                line += [
+                    f"{tokens:,}", f"{tokens / max(1, counts[:, 1].sum()):.1%}",
+                    f"{mine[:, 2].sum() / max(1, tokens):.0%}", f"{cut.sum():,}",
+                    f"{dropped.sum():,}",
+                ]  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*table)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if at == 0 else cell.rjust(width)
+                for at, (cell, width) in enumerate(zip(line, widths))
+            ).rstrip()
+            for line in table
+        )
 
 
 def _permutation(size: int, purpose: str, seed: int) -> np.ndarray:
@@ -112,13 +135,18 @@ def _permutation(size: int, purpose: str, seed: int) -> np.ndarray:
     return np.random.RandomState(seed_from(purpose, seed) % 2**32).permutation(size)
 
 
-def build_mixture(spec: str, split: str = "train", seed: int = 42) -> TaskMixture:
-    """Loads the tasks of a spec and mixes them."""
-    ingredients = parse_mixture(spec)
-    tasks = []
+def build_mixture(
+    spec: str, split: str = "train", seed: int = 42, own: Task | None = None
+) -> TaskMixture:
+    """Loads the tasks of a spec (it may be empty beside own rows), and mixes them with `own`."""
+    ingredients = parse_mixture(spec) if spec.strip() or own is None else []
+    tasks: list[Task] = []
     for ingredient in ingredients:
         # The generated tasks are as long as one wishes
         generated = ingredient.name.lower() in ("spelling", "spellingbee") and ingredient.rows
         sizing = {"size": ingredient.rows} if generated else {}
         tasks.append(get_task(ingredient.name, split, **sizing))
+    if own is not None:
+        tasks.append(own)
+        ingredients.append(Ingredient(own.name))
     return TaskMixture(tasks, ingredients, seed)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.dataloader import RowReader, TextSource, eval_batches
+from nanochat.dataloader import RowReader, eval_batches
 from nanochat.evals.bpb import evaluate_bpb, evaluate_loss
+from nanochat.text_source import TextSource
 from tests.models_for_tests import tiny_model
 from tests.tokenizers_for_tests import TEXT, tiny_qwen, tiny_tokenizer
 

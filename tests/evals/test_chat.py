@@ -185,6 +185,25 @@ def test_prompt_and_reply_fit_the_context() -> None:
     assert all(prompt + reply <= 64 for prompt, reply in seen)
 
 
+def test_no_further_batch_is_begun_when_it_is_stopped() -> None:
+    tokenizer = tiny_tokenizer()
+    replies = {prompt_of(tokenizer, task_of(GSM8K, SUMS), i): ["x"] for i in range(len(SUMS))}
+    engine = ReplyEngine(tokenizer, replies)
+
+    def stopped() -> bool:
+        return len(engine.calls) == 2
+
+    result = run_chat_eval(
+        task_of(GSM8K, SUMS), tiny_model(400), tokenizer, engine, batch_size=2, stopped=stopped
+    )
+    assert len(engine.calls) == 2 and result.n == 4
+    assert engine.calls[0]["stopped"] is stopped  # a reply may be long
+    model = LetterModel(tokenizer, {})
+    task = task_of(MultipleChoice, CHOICES)
+    run_chat_eval(task, model, tokenizer, batch_size=2, stopped=lambda: len(model.batches) == 3)
+    assert len(model.batches) == 3
+
+
 def test_problems_are_drawn_by_the_seed() -> None:
     assert (
         pick_problems(5, None, 1)

@@ -282,6 +282,27 @@ def test_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(few["n"].values()) == {1}  # fewer rows than few-shot examples
 
 
+def test_it_ends_soon_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an error, and on the same path: other ranks wait for this one's sums."""
+    monkeypatch.setattr(core, "CHUNK", 2)
+    scored: list[int] = []
+    real = core.score_sequences
+
+    def score(model: Any, sequences: Any) -> Any:
+        scored.append(len(sequences))
+        return real(model, sequences)
+
+    sums: list[float] = []
+    monkeypatch.setattr(core, "sum_over_ranks", lambda right, device: [sums.append(right) or right])
+    monkeypatch.setattr(core, "score_sequences", score)
+    said: list[str] = []
+    evaluate_core(
+        tiny_model(400), tiny_tokenizer(), write_bundle(tmp_path), say=said.append,
+        stopped=lambda: bool(scored),
+    )  # fmt: skip
+    assert len(scored) == 1 and len(sums) == 3 and said == []
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [

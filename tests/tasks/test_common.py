@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.tasks import common
-from nanochat.tasks.common import REGISTRY, Rows, Task, get_task, read_rows, split_files
+from nanochat.tasks.common import REGISTRY, ChosenRows, Rows, Task, get_task, read_rows, split_files
 from tests.tasks.data_for_tests import link, shared, write_jsonl, write_parquet
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -86,6 +87,23 @@ def test_split_files(tmp_path: Path) -> None:
     assert [p.name for p in split_files(tmp_path, "train")] == names
     write_jsonl(tmp_path / "test.jsonl", [{"n": 3}])
     assert [p.name for p in split_files(tmp_path, "test")] == ["test.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_rows_may_be_packed(tmp_path: Path, kind: str) -> None:
+    for i in range(2):
+        with pa.output_stream(str(tmp_path / f"train-0000{i}-of-00002.jsonl.{kind}")) as f:
+            f.write(b'{"n": %d}\n' % i)
+    rows = read_rows(split_files(tmp_path, "train"))
+    assert [row["n"] for row in rows] == [0, 1]
+    assert rows.where(1).endswith(f"train-00001-of-00002.jsonl.{kind}:1")
+
+
+def test_chosen_rows_stand_where_they_stood(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in range(5)])
+    chosen = ChosenRows(read_rows([path]), [3, 1])
+    assert [row["n"] for row in chosen] == [3, 1] and len(chosen) == 2
+    assert [chosen.where(i) for i in range(2)] == [f"{path}:4", f"{path}:2"]
 
 
 def test_local_files_come_first(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

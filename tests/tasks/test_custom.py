@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from nanochat.common import UserError
 from nanochat.tasks.choice import MultipleChoice, RestatedChoice
-from nanochat.tasks.common import get_task
-from nanochat.tasks.custom import Custom, mentions
+from nanochat.tasks.common import Task, get_task
+from nanochat.tasks.custom import Custom, load_own, mentions
 from nanochat.tasks.gsm8k import GSM8K
 from nanochat.tasks.humaneval import HumanEval
 from nanochat.tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -125,3 +127,78 @@ def test_unknown_rows_names_and_splits(base_dir: Path) -> None:
         get_task("mine", "test")
     with pytest.raises(UserError, match=r"no task 'yours': known are smoltalk, .*task_data/yours"):
         get_task("yours", "train")
+
+
+# ---- --data
+
+
+def asked(task: Task | None) -> list[str]:
+    """The first message of every row."""
+    assert task is not None
+    return [c["messages"][0]["content"] for c in task]
+
+
+def conversations(start: int, count: int) -> list[dict[str, Any]]:
+    rows = []
+    for i in range(start, start + count):
+        question = {"role": "user", "content": f"{i}+1?"}
+        answer = {"role": "assistant", "content": str(i + 1)}
+        rows.append({"messages": [question, answer], "expected": str(i + 1)})
+    return rows
+
+
+def test_own_data_of_several_files_holds_one_out(base_dir: Path) -> None:
+    folder = base_dir / "own"
+    write_jsonl(folder / "a.jsonl", conversations(0, 3))
+    write_parquet(folder / "b.parquet", conversations(10, 2))
+    (folder / "README.txt").write_text("not a row", encoding="utf-8")
+    packed = folder / "z.jsonl.zst"
+    with pa.output_stream(str(packed)) as f:
+        for row in conversations(20, 2):
+            f.write((json.dumps(row) + "\n").encode())
+    own = load_own(str(folder))
+    assert asked(own.train) == ["0+1?", "1+1?", "2+1?", "10+1?", "11+1?"]
+    assert asked(own.val) == ["20+1?", "21+1?"]
+    assert (own.validation, own.train.name) == ("z.jsonl.zst", str(folder))
+    assert len(load_own(str(folder / "[ab].*")).train) == 3  # a glob
+    named = load_own(str(folder / "a.jsonl"), val_data=str(packed))
+    assert (len(named.train), asked(named.val)) == (3, ["20+1?", "21+1?"])
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_of_a_lone_file_some_rows_are_held_out_for_good(write: Any, base_dir: Path) -> None:
+    rows = conversations(0, 400)
+    suffix = "jsonl" if write is write_jsonl else "parquet"
+    path = write(base_dir / f"own.{suffix}", rows)
+    own = load_own(str(path))
+    train, val = asked(own.train), asked(own.val)
+    assert sorted(train + val) == sorted(row["messages"][0]["content"] for row in rows)
+    assert 1 <= len(val) <= 20
+    assert own.validation == f"own.{suffix}: 1 document in 50, by its hash"
+    # In another order, with another column, with more rows: the same ones are held out
+    more = [{**row, "source": "me"} for row in [*conversations(400, 50), *reversed(rows)]]
+    write(path, more)
+    again = asked(load_own(str(path)).val)
+    assert set(val) <= set(again) and not set(again) & set(train)
+    assert own.train.rows.where(0).startswith(str(path))  # rows still know where they stand
+
+
+def test_few_rows_leave_nothing_to_hold_out(base_dir: Path) -> None:
+    path = write_jsonl(base_dir / "own.jsonl", conversations(3, 3))
+    assert load_own(str(path)).val is None
+
+
+def test_own_data_errors_name_file_and_row(base_dir: Path) -> None:
+    path = write_jsonl(base_dir / "own.jsonl", [*conversations(0, 40), {"question": "why?"}])
+    with pytest.raises(UserError, match=f"{path}:41: expected a Custom row, found columns quest"):
+        load_own(str(path))
+    with pytest.raises(UserError, match=r"own\.jsonl:1: .* question, answer \(the answer is '4'\)"):
+        load_own(str(write_jsonl(path, [{"question": "2+2?", "answer": "4"}])))
+    with pytest.raises(UserError, match=r"own\.jsonl:2: there is no \"expected\""):
+        load_own(str(write_jsonl(path, [*conversations(0, 1), CHAT])), answers=True)
+    text = base_dir / "own.txt"
+    text.write_text("hello", encoding="utf-8")
+    with pytest.raises(UserError, match=r"own\.txt: conversations and problems are read from"):
+        load_own(str(text))
+    with pytest.raises(UserError, match=r"no parquet or jsonl files in .*elsewhere: --data takes"):
+        load_own(str(base_dir / "elsewhere"))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanochat.common import UserError
+from nanochat.tasks.common import get_task
 from nanochat.tasks.mixture import Ingredient, TaskMixture, build_mixture, parse_mixture
 from tests.tasks.data_for_tests import write_jsonl
 
@@ -59,6 +61,26 @@ def test_rows_epochs_and_shares(data: Path) -> None:
     table = mixture.describe().splitlines()
     assert table[1].split() == ["aa", "6", "2", "50.0%"]
     assert table[-1].split() == ["all", "24"]
+
+
+def test_shares_of_tokens_and_what_is_lost(data: Path) -> None:
+    mixture = build_mixture("aa|bb")
+    counts = np.zeros((14, 3), dtype=np.int64)
+    counts[mixture.owners == 0] = (10, 10, 5)  # each of aa's: whole, half of it trained on
+    counts[mixture.owners == 1] = (30, 25, 20)  # each of bb's: cut
+    counts[np.flatnonzero(mixture.owners == 1)[0]] = (30, 0, 0)  # but one, which is dropped
+    lines = [line.split() for line in mixture.describe(counts).splitlines()]
+    assert lines[1] == ["aa", "10", "1", "71.4%", "100", "57.1%", "50%", "0", "0"]
+    assert lines[2] == ["bb", "4", "1", "28.6%", "75", "42.9%", "80%", "3", "1"]
+    assert lines[3] == ["all", "14", "175", "100.0%", "63%", "3", "1"]
+
+
+def test_own_rows_join_a_mixture_or_are_all_of_it(data: Path) -> None:
+    own = get_task("bb", "train")
+    mixture = build_mixture("aa@3", own=own)
+    assert sorted(name[:2] for name in said(mixture)) == ["aa"] * 3 + ["bb"] * 4
+    assert [row.name for row in mixture.rows] == ["aa", "bb"]
+    assert sorted(said(build_mixture("", own=own))) == sorted(said(build_mixture("bb")))
 
 
 def test_order_is_shuffled_and_fixed(data: Path) -> None:

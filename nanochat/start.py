@@ -1,0 +1,153 @@
+"""
+Where a run begins: at a checkpoint of another run, or at its own.
+
+Finetuning starts from what another stage made; pretraining may go on from another base model. A run
+that was stopped resumes its own newest whole checkpoint, and must be the run it was: the same data,
+batch, rates, seed. What differs is refused by name, unless --allow_changes says it is meant.
+Floor 3.5.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.checkpoint import (
+    check_manifest,
+    checkpoint_tokenizer,
+    find_checkpoint,
+    list_tags,
+    load_weights,
+    newest_whole,
+    read_meta,
+    stage_dir,
+    step_dir,
+    tidy,
+    weights_id,
+)
+from nanochat.common import UserError, print0, warn0
+from nanochat.distributed import DistInfo, sum_over_ranks
+from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, TrainFlags
+from nanochat.models import build_model, config_from_dict, config_to_dict
+from nanochat.tokenizer import Tokenizer
+
+
+@dataclass
+class Start:
+    """What a finetuning stage starts from."""
+
+    model: Any
+    tokenizer: Any
+    meta: dict[str, Any]  # of the checkpoint
+    tag: str  # of the checkpoint
+    name: str  # stage, tag, step and weights, for the checkpoints of the run that starts here
+
+
+def start_from(
+    source: str, source_tag: str | None, args: FinetuneFlags, device: torch.device
+) -> Start:
+    """Loads a stage's checkpoint, ready to train on: source_tag's, or --model_tag's if the stage
+    has one of that name, or the newest."""
+    tag = source_tag or (args.model_tag if args.model_tag in list_tags(source) else None)
+    folder = find_checkpoint(source, tag, args.step)
+    meta = read_meta(folder)
+    tokenizer = checkpoint_tokenizer(meta, folder)
+    model = build_model(config_from_dict(meta["config"], str(folder)), device)
+    load_weights(folder, model)
+    print0(f"starting from {folder}")
+    return Start(model, tokenizer, meta, folder.parent.name, _name(source, folder))
+
+
+def load_base(tag: str, model: Any, tokenizer: Tokenizer) -> str:
+    """Continued pretraining: fills `model` with the base weights of that tag; returns their name.
+
+    Only the row length may differ. UserError for another shape or another tokenizer."""
+    folder = find_checkpoint("base", tag)
+    meta = read_meta(folder)
+    if checkpoint_tokenizer(meta, folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--source_tag={tag}: {folder} was trained with --tokenizer={meta['tokenizer']}"
+        )
+    there = config_from_dict(meta["config"], str(folder))
+    if replace(there, sequence_len=model.config.sequence_len) != model.config:
+        raise UserError(
+            f"--source_tag={tag}: {folder} holds {there}, but --arch and --depth ask for "
+            f"{model.config}"
+        )
+    load_weights(folder, model)
+    print0(f"starting from {folder}")
+    return _name("base", folder)
+
+
+def _name(source: str, folder: Path) -> str:
+    return f"{source} {folder.parent.name} {folder.name} ({weights_id(folder)})"
+
+
+# -------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def identity(args: TrainFlags, model: Any, num_steps: int, meta: dict[str, Any]) -> dict[str, Any]:
+    """What decides the outcome of a run, by the name of the flag or part: all flags but those of
+    FREE_ON_RESUME, and for some of those what came of them."""
+    flags = {f"--{k}": v for k, v in asdict(args).items() if k not in FREE_ON_RESUME}
+    result = {
+        **flags,
+        "architecture and shape": config_to_dict(model.config),
+        "--num_iterations": num_steps,
+        "--tokenizer": meta["tokenizer_fingerprint"],
+        "starting checkpoint": meta.get("started_from"),
+        **{f"{role} data": fingerprint for role, fingerprint in meta["data"].items()},
+    }
+    return json.loads(json.dumps(result))  # as it will come back from the checkpoint
+
+
+def find_resumable(
+    stage: str, tag: str, args: TrainFlags, info: DistInfo
+) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, meta) of the checkpoint that --resume or --resume_from_step asks for.
+
+    --resume takes the newest whole one and passes over damaged ones with a warning; None if there
+    is none yet, so that the same command starts a run and continues it. A step that was named must
+    be there and whole."""
+    wanted = args.resume_from_step
+    if not args.resume and wanted < 0:
+        return None
+    found = 0
+    if info.rank == 0:  # the others would read the same gigabytes
+        tidy(stage_dir(stage) / tag)
+        found = wanted if wanted >= 0 else newest_whole(stage, tag)
+        if wanted >= 0:
+            check_manifest(find_checkpoint(stage, tag, wanted))
+    found = int(sum_over_ranks(found, device=info.device)[0])
+    if found < 0:
+        print0(f"--resume: {stage_dir(stage) / tag} holds no checkpoint yet; starting afresh")
+        return None
+    folder = step_dir(stage, tag, found)
+    return folder, read_meta(folder, check=False)
+
+
+def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: str) -> None:
+    """Compares identities; raises UserError naming what differs and is not among `allowed`
+    (names joined by |)."""
+    names = {name.strip() for name in allowed.split("|")} - {""}
+    if unknown := sorted(names - now.keys()):
+        raise UserError(
+            f"--allow_changes: {', '.join(unknown)} is nothing that is compared; that is "
+            f"{', '.join(now)}"
+        )
+    changed = {
+        n: f"{n} was {then[n]}, now it is {now[n]}" for n in now if then.get(n, now[n]) != now[n]
+    }
+    refused = [text for name, text in changed.items() if name not in names]
+    if refused:
+        raise UserError(
+            f"cannot resume {folder}: its {'; its '.join(refused)}. Use the same as then, start a "
+            f'new run with another --model_tag, or say --allow_changes="{"|".join(changed)}"'
+        )
+    for text in changed.values():
+        warn0(f"this is no longer the run it was, as --allow_changes says: its {text}")

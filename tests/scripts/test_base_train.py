@@ -1,0 +1,45 @@
+"""base_train as one runs it: where tokenized text is kept changes nothing that is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat import text_source
+from nanochat.common import UserError, get_base_dir, read_jsonl
+from tests.tiny_world import BASE_FLAGS, make_world, run_stage
+
+FLAGS = [*BASE_FLAGS, "--num_iterations=3", "--eval_every=-1"]
+
+
+def rows(event: str, tag: str) -> list[dict[str, Any]]:
+    path = get_base_dir() / "report" / f"train_base_{tag}.jsonl"
+    return [row for _, row in read_jsonl(path) if row["event"] == event]
+
+
+def test_the_cache_elsewhere_or_none_gives_the_same_run(
+    own_base_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_world(own_base_dir)
+    monkeypatch.setattr(text_source, "MIN_SHARD", 1)  # several shards, as real data has
+    cache = tmp_path / "elsewhere"
+    run_stage("base_train", *FLAGS, "--model_tag=stream", "--stream")
+    assert "no token cache" in capsys.readouterr().out
+    assert not (own_base_dir / "token_cache").exists()
+    run_stage("base_train", *FLAGS, "--model_tag=elsewhere", f"--token_cache_dir={cache}")
+    out = capsys.readouterr().out
+    assert f"token cache {cache}" in out and "% of its tokens cropped" in out
+    assert list(cache.glob("*/ids.bin")) and not (own_base_dir / "token_cache").exists()
+    losses = [[row["loss"] for row in rows("step", tag)] for tag in ("stream", "elsewhere")]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+    (shard, *_) = rows("shard", "stream")
+    assert shard["epoch"] == 0 and 0 <= shard["cropped"] < 0.05 < shard["continued"]
+
+    monkeypatch.setattr(text_source, "free_bytes", lambda folder: 100)
+    with pytest.raises(UserError, match=r"--token_cache_dir.*--stream"):
+        run_stage("base_train", *FLAGS, "--model_tag=full")
