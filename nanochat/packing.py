@@ -160,9 +160,9 @@ def _pack_ends(
             for length in lengths:
                 pieces.append(waiting.take(length))
                 room -= length
-            if not lengths and not cut:
-                break
             if not lengths:
+                if not cut:
+                    break
                 # The shortest one: of it, most stays together in one row or the other
                 document, first, length = waiting.take(waiting.shortest())
                 pieces.append((document, first, room))
