@@ -6,9 +6,10 @@ Kills training and resumes it until it ends, and compares what came out with a r
 
 Every run is a process of its own and every kill a real SIGKILL: from outside at a random moment, or
 from within right before, during or after a random call of something that matters (a step, an
-evaluation, rollouts, each part of a save). Then the same command is given again. When a run has got
-to its end, its weights and optimizer state must be bitwise those of the run that nobody disturbed,
-its log must have the same rows, and its checkpoints must hold the same numbers.
+evaluation, rollouts, each part of a save). Now and then it is SIGTERM or SIGINT instead, upon which
+a run saves and ends. Then the same command is given again. When a run has got to its end, its
+weights and optimizer state must be bitwise those of the run that nobody disturbed, its log must
+have the same rows, and its checkpoints must hold the same numbers.
 """
 
 from __future__ import annotations
@@ -153,13 +154,16 @@ class Death:
 
 
 def draw_death(rng: random.Random, stage: Stage, seconds: float) -> Death:
-    """One in six at any moment of a run of that many seconds, the others in a place of its own."""
+    """One in six at any moment of a run of that many seconds, the others in a place of its own; of
+    these, one in six may save first."""
     if rng.random() < 1 / 6:
         return Death(delay=rng.uniform(0, seconds))
     place = rng.choice(sorted(stage.places))
     when = rng.choice(["before", "during", "after"])
+    signum = rng.choice([signal.SIGKILL] * 10 + [signal.SIGTERM, signal.SIGINT])
     # Few enough calls that most deaths come true: a resumed run has only the rest before it.
-    return Death(place, stage.places[place], rng.randrange(4), when, rng.uniform(0, 0.03))
+    call, delay = rng.randrange(4), rng.uniform(0, 0.03)
+    return Death(place, stage.places[place], call, when, delay, signum)
 
 
 def _lookup(target: str) -> tuple[Any, str]:
@@ -240,6 +244,10 @@ class Processes:
             )
         return process.exitcode
 
+    def was_stopped(self) -> bool:
+        """Whether the last run ended by a signal, with all saved."""
+        return "stopped by a signal at step" in self.output.read_text(encoding="utf-8")
+
 
 # -------------------------------------------------------------------------------------------------
 # Comparing
@@ -248,10 +256,11 @@ class Processes:
 def differences(stage: str, tag: str, other: str) -> list[str]:
     """What differs between two runs of a stage that should be one and the same, in words."""
     found = []
-    steps = list_steps(stage, tag)
-    if steps != list_steps(stage, other):
-        found.append(f"steps {steps}, not {list_steps(stage, other)}")
-    for step in set(steps) & set(list_steps(stage, other)):
+    steps, other_steps = list_steps(stage, tag), list_steps(stage, other)
+    # A signal upon which a run saves may make one of the last steps another.
+    if (len(steps), steps[-1:]) != (len(other_steps), other_steps[-1:]):
+        found.append(f"steps {steps}, not {other_steps}")
+    for step in set(steps) & set(other_steps):
         one, two = step_dir(stage, tag, step), step_dir(stage, other, step)
         if damage := find_damage(one, FILES):
             found.append(f"step {step}: {damage}")
@@ -290,6 +299,7 @@ class Outcome:
     """What became of a stage."""
 
     kills: Counter[str] = field(default_factory=Counter)  # by place
+    stops: int = 0  # by a signal upon which it saved
     runs: int = 0  # that got to their end and were compared
     differences: list[str] = field(default_factory=list)
 
@@ -305,9 +315,12 @@ def torment(stage: Stage, processes: Processes, kills: int, rng: random.Random) 
         command = (stage.script, *stage.argv, f"--model_tag={tag}", "--resume")
         while outcome.kills.total() < kills:
             death = draw_death(rng, stage, seconds)
-            if processes.run(*command, death=death) == 0:
-                break
-            outcome.kills[death.place] += 1
+            if processes.run(*command, death=death) != 0:
+                outcome.kills[death.place] += 1
+            elif processes.was_stopped():
+                outcome.stops += 1
+            else:
+                break  # at its end, before death came
         processes.run(*command)  # the rest; of a run that has ended, nothing
         outcome.runs += 1
         outcome.differences += differences(stage.name, tag, "whole")
@@ -337,7 +350,8 @@ def main(args: Args) -> None:
             outcome = outcomes[stage.name] = torment(stage, processes, share, rng)
             places = ", ".join(f"{place} {n}" for place, n in sorted(outcome.kills.items()))
             print(f"{stage.name}: {outcome.kills.total()} kills ({places}),", end=" ")
-            print(f"{outcome.runs} runs, {len(outcome.differences)} differences", flush=True)
+            print(f"{outcome.stops} stops, {outcome.runs} runs,", end=" ")
+            print(f"{len(outcome.differences)} differences", flush=True)
             for line in outcome.differences:
                 print(f"  {line}")
     result = {
@@ -349,6 +363,7 @@ def main(args: Args) -> None:
         "stages": {
             name: {
                 "kills": dict(sorted(outcome.kills.items())),
+                "stops by SIGTERM or SIGINT": outcome.stops,
                 "runs compared": outcome.runs,
                 "differences": outcome.differences,
             }

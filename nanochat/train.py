@@ -111,10 +111,10 @@ class Trainer:
 
         SIGTERM and Ctrl-C let the step under way finish, break off an evaluation or rollouts, save,
         and end the process with status 0. A second Ctrl-C does not wait."""
-        self._resume()
-        self._start_log()
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
+            self._resume()
+            self._start_log()
             while True:
                 step = self.state.step
                 self._log_mark = self._log_size()
