@@ -191,25 +191,24 @@ impl Text<'_> {
         let bytes = self.text.as_bytes();
         let mut at = 0;
         while at < bytes.len() {
-            let mut doubtful = at;
-            if let Some(block) = bytes[at..].first_chunk::<BLOCK>() {
-                if bytes[at] < 0x80 {
-                    let start = at;
-                    let (mut begin, certain) = beginnings(block, digits);
-                    doubtful += certain;
-                    begin &= !1;
-                    while begin != 0 {
-                        let next = start + begin.trailing_zeros() as usize;
-                        visit(at, next)?;
-                        at = next;
-                        begin &= begin - 1;
-                    }
-                    if certain == BLOCK && at > start {
-                        continue;
-                    }
+            let start = at;
+            let mut certain = 0; // bytes
+            if let Some(block) = bytes[at..].first_chunk::<BLOCK>().filter(|b| b[0] < 0x80) {
+                let mut begin;
+                (begin, certain) = beginnings(block, digits);
+                begin &= !1; // the first one is where we are
+                while begin != 0 {
+                    let next = start + begin.trailing_zeros() as usize;
+                    visit(at, next)?;
+                    at = next;
+                    begin &= begin - 1;
                 }
             }
-            while at <= doubtful && at < bytes.len() {
+            if certain == BLOCK && at > start {
+                continue;
+            }
+            // Character by character until the doubtful byte is behind us
+            while at <= start + certain && at < bytes.len() {
                 let next = self.cl100k(at, digits);
                 visit(at, next)?;
                 at = next;
@@ -431,11 +430,6 @@ mod tests {
     fn same(pattern: &str, regex: &Regex, text: &str) {
         let scanned = pieces(pattern, text);
         let matched: Vec<&str> = regex.find_iter(text).map(|m| m.unwrap().as_str()).collect();
-        let first = scanned.iter().zip(&matched).position(|(a, b)| a != b).unwrap_or(0);
-        let around = |pieces: &[&str]| {
-            format!("{:?}", &pieces[first.saturating_sub(2)..(first + 4).min(pieces.len())])
-        };
-        assert_eq!(around(&scanned), around(&matched), "{pattern} on {text:?}");
         assert_eq!(scanned, matched, "{pattern} on {text:?}");
     }
 
@@ -480,46 +474,56 @@ mod tests {
         }
     }
 
-    /// Random texts from characters that the patterns treat differently.
-    #[test]
-    fn random_texts() {
-        let alphabet: Vec<char> =
-            "aZsStTdDmMlLvVrReE''''''  \t\n\n\r/!.-19٣½é漢ǅʰ\u{301}\u{308}\u{a0}\u{2028}ſK🙂İ\u{200d}"
-                .chars()
-                .collect();
-        let mut random = crate::random(11);
+    /// Random texts of up to `longest` parts, some of all kinds, some of a few: else none would go
+    /// on for long without what is hard.
+    fn random_texts(parts: &[&str], longest: u64, rounds: u64, seed: u64) {
+        let mut random = crate::random(seed);
         for pattern in known() {
             let regex = Regex::new(&pattern).unwrap();
-            let rounds = if cfg!(debug_assertions) { 1_500 } else { 60_000 };
             for _ in 0..rounds {
-                let length = random(24);
-                let text: String =
-                    (0..length).map(|_| alphabet[random(alphabet.len() as u64) as usize]).collect();
+                let (kinds, first) = (1 + random(parts.len() as u64), random(parts.len() as u64));
+                let text: String = (0..random(longest))
+                    .map(|_| parts[(first + random(kinds)) as usize % parts.len()])
+                    .collect();
                 same(&pattern, &regex, &text);
             }
         }
     }
 
-    /// Longer ones, so plain that most of each goes through blocks.
+    /// Characters that the patterns treat differently.
+    fn characters() -> Vec<&'static str> {
+        let all =
+            "aZsStTdDmMlLvVrReE  \t\n\n\r/!.-19٣½é漢ǅʰ\u{301}\u{308}\u{a0}\u{2028}ſK🙂İ\u{200d}";
+        all.split("").filter(|c| !c.is_empty()).collect()
+    }
+
+    /// So plain that most of a text goes through blocks.
+    fn words() -> Vec<&'static str> {
+        let all = "a|b|Z|word|  |\n|\r\n|\n\n|\t| |. |, |.|-|!?|'|'s|'ll|1|23|4567|é|漢|\u{a0}| \n";
+        all.split('|').chain([" "; 8]).chain([" the"; 4]).collect()
+    }
+
+    #[test]
+    fn random_short_texts() {
+        random_texts(&characters(), 24, if cfg!(debug_assertions) { 1_500 } else { 20_000 }, 11);
+    }
+
     #[test]
     fn random_plain_texts() {
-        let alphabet: Vec<&str> =
-            "a|b|Z|word|  |\n|\r\n|\n\n|\t| |. |, |.|-|!?|'|'s|'ll|1|23|4567|é|漢|\u{a0}| \n"
-                .split('|')
-                .chain([" "; 8])
-                .chain([" the"; 4])
-                .collect();
-        let mut random = crate::random(12);
-        for pattern in known() {
-            let regex = Regex::new(&pattern).unwrap();
-            for _ in 0..if cfg!(debug_assertions) { 100 } else { 3_000 } {
-                // At first all of them, then a few: else none goes on for long without a hard one.
-                let kinds = 1 + random(alphabet.len() as u64);
-                let first = random(alphabet.len() as u64);
-                let text: String = (0..random(150))
-                    .map(|_| alphabet[(first + random(kinds)) as usize % alphabet.len()])
-                    .collect();
-                same(&pattern, &regex, &text);
+        random_texts(&words(), 150, if cfg!(debug_assertions) { 150 } else { 2_000 }, 12);
+    }
+
+    #[test]
+    #[ignore = "runs for two minutes, each time with other texts"]
+    fn fuzz() {
+        let start = std::time::SystemTime::now();
+        let seed = start.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
+        for more in 0.. {
+            random_texts(&characters(), 60, 500, seed + more);
+            random_texts(&words(), 400, 100, seed + more);
+            if start.elapsed().unwrap().as_secs() > 120 {
+                println!("{} rounds from the seed {seed}", more + 1);
+                break;
             }
         }
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import random
 import signal
 import threading
 import time
@@ -314,7 +315,7 @@ def test_an_iterator_that_raises_leaves_the_tokenizer_as_it_was() -> None:
 
 
 @only_ours
-@pytest.mark.parametrize("phase", ["reading", "counting", "encoding"])
+@pytest.mark.parametrize("phase", ["reading", "counting", "merging", "encoding"])
 def test_ctrl_c(phase: str) -> None:
     class Stop(Exception):
         pass
@@ -324,9 +325,15 @@ def test_ctrl_c(phase: str) -> None:
 
     tokenizer = train(["abab"], 257)
     texts = ["some words to count " * 100_000] * 10_000  # 20 GB of work in 2 MB of memory
+    # One piece in which nearly every merge is as frequent as the next: read at once, merged long
+    letters = random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=4_000_000)
+    phases = []
     work = {
         "reading": lambda: tokenizer.train_from_iterator(itertools.repeat("ab"), 300),
         "counting": lambda: tokenizer.train_from_iterator(texts, 300, buffer_size=10_000),
+        "merging": lambda: tokenizer.train_from_iterator(
+            ["".join(letters)], 60_000, pattern=".+", progress=lambda *told: phases.append(told[0])
+        ),
         "encoding": lambda: tokenizer.batch_encode(texts),
     }[phase]
     previous = signal.signal(signal.SIGINT, stop)
@@ -335,6 +342,7 @@ def test_ctrl_c(phase: str) -> None:
         timer.start()
         with pytest.raises(Stop):
             work()
+        assert phase != "merging" or phases[0] == "count"  # over when the signal came
     finally:
         timer.cancel()
         timer.join()
