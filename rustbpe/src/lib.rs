@@ -3,14 +3,16 @@
 //! The way of a text through this crate, one file a step:
 //!
 //! 1. [`split`]: a pattern cuts text into pieces; merges never cross a cut. The well-known
-//!    patterns have scanners ([`scan`]), others go through a regex engine.
+//!    patterns have scanners ([`scan`], and [`block`] where the text is plain), others go through a
+//!    regex engine.
 //! 2. [`count`]: equal pieces are counted once, in parallel. A corpus of gigabytes becomes a few
 //!    million distinct pieces, and everything after works on those.
 //! 3. [`train`]: the most frequent pair of adjacent tokens is merged, again and again.
-//! 4. [`encode`]: the learned merges turn text into token ids and back.
+//! 4. [`encode`]: the learned merges turn a piece into token ids and back, [`batch`] many texts.
 //!
-//! [`parallel`] holds the one threading primitive the steps share. None of these files knows of
-//! Python; the bindings are `py.rs`, behind the feature `python`.
+//! [`parallel`] holds the one threading primitive the steps share, [`pack`] a way to write short
+//! pieces as numbers. None of these files knows of Python; the bindings are `py.rs` and `texts.rs`,
+//! behind the feature `python`.
 
 pub mod batch;
 pub mod block;

@@ -337,7 +337,7 @@ def test_ctrl_c(phase: str) -> None:
         "encoding": lambda: tokenizer.batch_encode(texts),
     }[phase]
     previous = signal.signal(signal.SIGINT, stop)
-    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer = threading.Timer(1 if phase == "merging" else 0.3, signal.raise_signal, [signal.SIGINT])
     try:
         timer.start()
         with pytest.raises(Stop):
