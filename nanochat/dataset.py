@@ -261,9 +261,9 @@ def iter_text_arrays(path: Path) -> Iterator[Any]:
 
 
 def text_size(path: Path) -> int:
-    """About how many bytes of text a file holds, without reading it: for a progress bar."""
+    """About how many bytes of text a file holds, without reading it."""
     if not path.name.endswith(".parquet"):
-        return path.stat().st_size * (3 if path.name.endswith((".gz", ".zst")) else 1)
+        return path.stat().st_size * (4 if path.name.endswith((".gz", ".zst")) else 1)
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import UserError, fingerprint, get_base_dir, print0, warn0
-from nanochat.dataset import Keep, iter_texts
+from nanochat.dataset import Keep, iter_texts, text_size
 from nanochat.packing import Documents
 from nanochat.threads import end_if_over, in_thread
 from nanochat.token_cache import (
@@ -38,7 +38,6 @@ from nanochat.token_cache import (
     num_tokens,
     open_folder,
     sweep,
-    text_bytes,
     write_folder,
 )
 from nanochat.tokenizer import Tokenizer
@@ -155,7 +154,7 @@ class TextSource:
         known = num_tokens(self._folder(shard))
         if known is not None:
             return known
-        return int(sum(map(text_bytes, self.shards[shard])) * self._tokens_per_byte)
+        return int(sum(map(text_size, self.shards[shard])) * self._tokens_per_byte)
 
     @cached_property
     def _tokens_per_byte(self) -> float:

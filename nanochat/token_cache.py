@@ -79,21 +79,6 @@ def _parquet_fingerprint(path: Path) -> str:
         return fingerprint(str(size), head, f.read())
 
 
-def text_bytes(path: Path) -> int:
-    """About how many bytes of text a file holds."""
-    size = path.stat().st_size
-    if path.name.endswith(".parquet"):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        with contextlib.suppress(pa.ArrowInvalid, OSError):  # whoever reads it will say so
-            meta = pq.read_metadata(path)
-            groups = (meta.row_group(i) for i in range(meta.num_row_groups))
-            columns = (group.column(k) for group in groups for k in range(group.num_columns))
-            return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
-    return 4 * size if path.name.endswith((".gz", ".zst")) else size
-
-
 # -------------------------------------------------------------------------------------------------
 # A folder
 
