@@ -1,9 +1,10 @@
 //! Many texts to ids, on all cores.
 //!
-//! Text repeats itself: nine pieces in ten have been seen a moment ago, so each thread keeps what
-//! the last ones became in a [`Cache`]. A long text is cut where it may be cut, so that a single
+//! Text repeats itself: of a hundred pieces two or three are new, so each thread keeps what they
+//! became in a [`Cache`]. A long text is cut where it may be cut, so that a single
 //! one keeps all threads busy too; what they made is put in order at the end.
 
+use std::hint::black_box;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -184,14 +185,18 @@ fn extend<T: Id>(ids: &mut Vec<T>, encode: impl FnOnce(&mut Vec<u32>)) {
     ids.extend(more.into_iter().map(T::of));
 }
 
-/// What the last pieces became.
+/// What pieces became.
 ///
-/// One place for each hash and no search: a piece that falls on another's place takes it. So the
-/// size is fixed and nothing is ever cleaned up.
+/// A piece has a set of two places, found by its hash; a new one takes the place of the older. So
+/// the size is fixed and nothing is ever cleaned up.
 #[derive(Debug, Default)]
 struct Cache {
-    entries: Vec<Entry>,
+    sets: Vec<Set>,
 }
+
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(align(64))] // one line of the processor's cache, in one piece
+struct Set([Entry; 2]);
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Entry {
@@ -204,14 +209,14 @@ struct Entry {
 const KEPT: usize = 3;
 
 impl Cache {
-    const ENTRIES: usize = 1 << 17; // 4 MiB
+    const SETS: usize = 1 << 19; // 32 MiB, room for the distinct pieces of a gigabyte of text
 
     /// At least as large as is good for a text of so many bytes: for a single sentence, making a
     /// large cache would take longer than it saves.
     fn for_text_of(mut self, bytes: usize) -> Self {
-        let entries = bytes.next_power_of_two().clamp(1, Self::ENTRIES);
-        if self.entries.len() < entries {
-            self.entries = vec![Entry::default(); entries];
+        let sets = (bytes / 16).next_power_of_two().clamp(1, Self::SETS);
+        if self.sets.len() < sets {
+            self.sets = vec![Set::default(); sets];
         }
         self
     }
@@ -225,38 +230,46 @@ impl Cache {
         pieces: &[(usize, usize)],
         ids: &mut Vec<T>,
     ) {
+        // The sets are scattered over the memory. Asked for together, they come together, in about
+        // the time that one of them would take.
+        let mut packed = [(0, 0); BATCH];
+        let mask = self.sets.len() - 1;
+        let mut asked = 0;
+        for (packed, &(start, end)) in packed.iter_mut().zip(pieces) {
+            if end - start <= pack::LONGEST {
+                let key = pack_at(text, start, end);
+                let place = hash(key) as usize & mask;
+                asked ^= self.sets[place].0[0].count;
+                *packed = (key, place);
+            }
+        }
+        black_box(asked);
+
         // Every piece writes KEPT ids and the next one over those that are too many: no branch on
         // their number.
         let mut buffer = [T::default(); BATCH * KEPT + KEPT];
         let mut n = 0;
         let mut slow = Vec::new();
-        let mask = self.entries.len() - 1;
-        for &(start, end) in pieces {
-            if end - start <= pack::LONGEST {
-                let key = pack_at(text, start, end);
-                let entry = &mut self.entries[hash(key) as usize & mask];
-                if entry.piece != key {
-                    slow.clear();
-                    vocabulary.encode_piece(&text[start..end], &mut slow);
-                    if slow.len() <= KEPT {
-                        (entry.piece, entry.count) = (key, slow.len() as u32);
-                        entry.ids[..slow.len()].copy_from_slice(&slow);
-                    }
-                }
-                if entry.piece == key {
-                    for (place, id) in buffer[n..n + KEPT].iter_mut().zip(entry.ids) {
-                        *place = T::of(id);
-                    }
-                    n += entry.count as usize;
-                    continue;
-                }
-            } else {
+        for (&(key, place), &(start, end)) in packed.iter().zip(pieces) {
+            let Set(set) = &mut self.sets[place];
+            let mut entry = if set[0].piece == key { set[0] } else { set[1] };
+            if key == 0 || entry.piece != key {
                 slow.clear();
                 vocabulary.encode_piece(&text[start..end], &mut slow);
+                if key == 0 || slow.len() > KEPT {
+                    ids.extend_from_slice(&buffer[..n]);
+                    n = 0;
+                    ids.extend(slow.iter().map(|&id| T::of(id)));
+                    continue;
+                }
+                (entry.piece, entry.count) = (key, slow.len() as u32);
+                entry.ids[..slow.len()].copy_from_slice(&slow);
+                *set = [entry, set[0]];
             }
-            ids.extend_from_slice(&buffer[..n]);
-            n = 0;
-            ids.extend(slow.iter().map(|&id| T::of(id)));
+            for (place, id) in buffer[n..n + KEPT].iter_mut().zip(entry.ids) {
+                *place = T::of(id);
+            }
+            n += entry.count as usize;
         }
         ids.extend_from_slice(&buffer[..n]);
     }
