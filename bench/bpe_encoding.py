@@ -5,10 +5,10 @@ BPE encoding: rustbpe.Encoder against tiktoken and gigatoken, on the same text, 
     python -m bench.bpe_encoding --data=texts/ --peers_python=/tmp/peers/bin/python
 
 A vocabulary is trained on the text for each of two patterns first: ours, and cl100k's, since
-gigatoken does not know ours. Every run is a process of its own, bound to one core or to two, and the
-runs take turns; medians count. The ids of all runs with one vocabulary must be the same, or it ends
-in an error. A second call on the same text tells what caches that live between batches give. The
-result goes to bench/results/bpe_encoding.json, and from there into rustbpe/README.md by
+gigatoken does not know ours. Every run is a process of its own, bound to one core or to two, and
+the runs take turns; medians count. The ids of all runs with one vocabulary must be the same, or it
+ends in an error. A second call on the same text tells what caches that live between batches give.
+The result goes to bench/results/bpe_encoding.json, and from there into rustbpe/README.md by
 bench/bpe_table.py.
 """
 

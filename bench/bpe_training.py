@@ -6,12 +6,12 @@ BPE training: our crate against its peers, on the same text.
     python -m bench.bpe_training --data=texts/ --max_chars=350_000_000 \\
         --peer_python=/tmp/peer/bin/python --peers_python=/tmp/peers/bin/python
 
-Every run is a process of its own and the trainers take turns, so that all see the same weather; the
-median counts. rustbpe 0.1.0 must learn the same merges, and ours must encode as tiktoken does, or it
-ends in an error. ffbpe is run with its own pattern (GPT-2's), for which it has a scanner, and once
-with ours, which goes through its regex engine; Hugging Face's tokenizers takes ours and breaks ties
-in another way. The result goes to bench/results/bpe_training.json, and from there into
-rustbpe/README.md by bench/bpe_table.py.
+Every run is a process of its own and the trainers take turns, so that all see the same weather;
+the median counts. rustbpe 0.1.0 must learn the same merges, and ours must encode as tiktoken does,
+or it ends in an error. ffbpe is run with its own pattern (GPT-2's), for which it has a scanner, and
+once with ours, which goes through its regex engine; Hugging Face's tokenizers takes ours and breaks
+ties in another way. The result goes to bench/results/bpe_training.json (of 350 MB) and
+bpe_training_50mb.json (--out), and from there into rustbpe/README.md by bench/bpe_table.py.
 """
 
 from __future__ import annotations
