@@ -21,7 +21,6 @@ README = Path(__file__).resolve().parent.parent / "rustbpe" / "README.md"
 BEGIN = "<!-- measured: made by `python -m bench.bpe_table`, do not edit -->"
 END = "<!-- end of measured -->"
 TEXTS = {"str": "a list of `str`", "array": "arrays"}
-PATTERNS = {"ours": "", "own": ", its own pattern (GPT-2's)", "cl100k": ""}
 
 
 @dataclass
@@ -49,7 +48,8 @@ def named(row: dict[str, Any]) -> str:
     package = row["package"].split()[0]
     if row["package"] == "rustbpe":
         return f"**rustbpe**, {TEXTS[row['texts']]}"
-    return f"{package} {row['version']}{PATTERNS[row['pattern']]}"
+    own = ", its own pattern (GPT-2's)" if row["pattern"] == "own" else ""
+    return f"{package} {row['version']}{own}"
 
 
 def training(small: dict[str, Any], large: dict[str, Any]) -> list[str]:
@@ -105,17 +105,20 @@ def passage(small: dict[str, Any], large: dict[str, Any], encoded: dict[str, Any
     """All between the markers: what was measured and where, and both tables."""
     machine, corpus, text = large["machine"], large["corpus"], encoded["corpus"]
     once = [named(row) for row in large["trainers"] if len(row["runs"]) == 1]
-    repeats = max(len(row["runs"]) for row in large["trainers"])
-    same = [
-        named(row) for row in large["trainers"] if row["same_merges"] and "**" not in named(row)
-    ]
+    repeats, of_small, of_encoding = (
+        max(len(row["runs"]) for row in result[key])
+        for result, key in ((large, "trainers"), (small, "trainers"), (encoded, "encoders"))
+    )
+    peers = [row for row in large["trainers"] if row["package"] != "rustbpe"]
+    same = [named(row) for row in peers if row["same_merges"]]
     loads = ", ".join(f"{result['load_before']:.1f}" for result in (small, large, encoded))
     return "\n".join(
         [
             f"On {large['date']}, on {machine['cores']} cores of {machine.get('cpu', 'a CPU')}, "
-            f"{large['vocab_size']:,} tokens, with the peers in the same run, each run in a process "
-            f"of its own, medians of {repeats} (once each: {'; '.join(once) or 'none'}). The load "
-            f"of other work before the three measurements was {loads}.",
+            f"{large['vocab_size']:,} tokens, the peers in the same rounds, each run in a process "
+            f"of its own, medians of {repeats} runs ({of_small} at {small['corpus']['mb']:.0f} MB, "
+            f"{of_encoding} of encoding; once only: {'; '.join(once) or 'none'}). The load of "
+            f"other work before the three measurements was {loads}.",
             "",
             *training(small, large),
             "",
