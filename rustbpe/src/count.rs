@@ -127,16 +127,14 @@ impl Table {
 /// In front of the table stands a small one, where each piece has one place and drives out what
 /// is there. It holds the frequent pieces, six in seven of a text, in the core's own cache.
 struct Worker {
-    splitter: Splitter,
     front: Vec<Slot>,
     waiting: Vec<Slot>, // driven out
     counts: Counts,
 }
 
 impl Worker {
-    fn new(splitter: &Splitter) -> Result<Self> {
-        let (front, counts) = (vec![(0, 0); FRONT], Counts::default());
-        Ok(Self { splitter: splitter.recompile()?, front, waiting: Vec::new(), counts })
+    fn new() -> Self {
+        Self { front: vec![(0, 0); FRONT], waiting: Vec::new(), counts: Counts::default() }
     }
 
     #[inline]
@@ -170,14 +168,15 @@ impl Worker {
 
 /// Counts the pieces of texts that arrive in batches.
 pub struct Counter {
-    workers: Vec<Worker>,
+    workers: Vec<(Splitter, Worker)>,
     texts_seen: usize,
 }
 
 impl Counter {
     /// A counter on `threads` threads (at least one).
     pub fn new(splitter: &Splitter, threads: usize) -> Result<Self> {
-        let workers = (0..threads.max(1)).map(|_| Worker::new(splitter)).collect::<Result<_>>()?;
+        let worker = |_| Ok((splitter.recompile()?, Worker::new()));
+        let workers = (0..threads.max(1)).map(worker).collect::<Result<_>>()?;
         Ok(Self { workers, texts_seen: 0 })
     }
 
@@ -187,21 +186,26 @@ impl Counter {
         let threads = parallel::threads_for(bytes).min(self.workers.len());
         let first = self.texts_seen;
         self.texts_seen += texts.len();
-        parallel::for_each(&mut self.workers[..threads], texts.len(), check, |worker, i, pulse| {
-            let text = texts[i].as_ref();
-            let splitter = worker.splitter.clone();
-            let split = splitter.batches(text, |pieces| {
-                pulse.beat()?;
-                worker.add(text.as_bytes(), pieces);
-                Ok(())
-            });
-            split.map_err(|e| e.in_text(first + i))
-        })
+        parallel::for_each(
+            &mut self.workers[..threads],
+            texts.len(),
+            check,
+            |(splitter, worker), i, pulse| {
+                let text = texts[i].as_ref();
+                let split = splitter.batches(text, |pieces| {
+                    pulse.beat()?;
+                    worker.add(text.as_bytes(), pieces);
+                    Ok(())
+                });
+                split.map_err(|e| e.in_text(first + i))
+            },
+        )
     }
 
     /// The counts over all texts.
     pub fn finish(self) -> Counts {
-        let mut all: Vec<Counts> = self.workers.into_iter().map(Worker::finish).collect();
+        let mut all: Vec<Counts> =
+            self.workers.into_iter().map(|(_, worker)| worker.finish()).collect();
         // Into the largest table, so that as few keys as possible move.
         all.sort_unstable_by_key(Counts::len);
         let mut total = all.pop().unwrap_or_default();
