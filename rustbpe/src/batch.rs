@@ -230,29 +230,26 @@ impl Cache {
         pieces: &[(usize, usize)],
         ids: &mut Vec<T>,
     ) {
-        // The sets are scattered over the memory. Asked for together, they come together, in about
-        // the time that one of them would take.
-        let mut packed = [(0, 0); BATCH];
+        let (mut keys, mut places) = ([0; BATCH], [0; BATCH]);
         let mask = self.sets.len() - 1;
-        let mut asked = 0;
-        for (packed, &(start, end)) in packed.iter_mut().zip(pieces) {
+        for ((key, place), &(start, end)) in keys.iter_mut().zip(&mut places).zip(pieces) {
             if end - start <= pack::LONGEST {
-                let key = pack_at(text, start, end);
-                let place = hash(key) as usize & mask;
-                asked ^= self.sets[place].0[0].count;
-                *packed = (key, place);
+                *key = pack_at(text, start, end);
+                *place = hash(*key) as usize & mask;
             }
         }
-        black_box(asked);
+        // The sets are scattered over the memory. Asked for together, in a loop of nothing else,
+        // they come together, in about the time that one of them would take.
+        black_box(places.iter().fold(0, |sum, &place| sum ^ self.sets[place].0[0].count));
 
         // Every piece writes KEPT ids and the next one over those that are too many: no branch on
         // their number.
         let mut buffer = [T::default(); BATCH * KEPT + KEPT];
         let mut n = 0;
         let mut slow = Vec::new();
-        for (&(key, place), &(start, end)) in packed.iter().zip(pieces) {
+        for ((&key, &place), &(start, end)) in keys.iter().zip(&places).zip(pieces) {
             let Set(set) = &mut self.sets[place];
-            let mut entry = if set[0].piece == key { set[0] } else { set[1] };
+            let mut entry = set[usize::from(set[0].piece != key)];
             if key == 0 || entry.piece != key {
                 slow.clear();
                 vocabulary.encode_piece(&text[start..end], &mut slow);
