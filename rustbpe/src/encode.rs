@@ -24,6 +24,7 @@ pub struct Vocabulary {
     bytes: [u32; 256],      // byte -> id
     byte_pairs: Box<[u32]>, // (byte, byte) -> id of the merge or NEVER: half of all look-ups
     whole: Whole,           // bytes -> id of the tokens that no merges make; mostly there are none
+    by_ranks: bool,         // whether a piece that is a token is that token, whatever merges make
 }
 
 impl Default for Vocabulary {
@@ -31,7 +32,7 @@ impl Default for Vocabulary {
     fn default() -> Self {
         let tokens = (0..=u8::MAX).map(|byte| [byte].into()).collect();
         let bytes = std::array::from_fn(|byte| byte as u32);
-        Self::made_of(FxHashMap::default(), tokens, bytes, Whole::default())
+        Self::made_of(FxHashMap::default(), tokens, bytes)
     }
 }
 
@@ -45,7 +46,7 @@ impl Vocabulary {
             made.tokens.push([&a[..], &b[..]].concat().into());
         }
         let merged = merges.iter().copied().zip(FIRST_MERGE_ID..).collect();
-        Some(Self::made_of(merged, made.tokens, made.bytes, made.whole))
+        Some(Self::made_of(merged, made.tokens, made.bytes))
     }
 
     /// The vocabulary in which any two tokens merge whose bytes together are a token, the one of
@@ -87,23 +88,25 @@ impl Vocabulary {
                 unmade.insert(token, id);
             }
         }
-        Ok(Self::made_of(merged, tokens, bytes, unmade))
+        Ok(Self { whole: unmade, by_ranks: true, ..Self::made_of(merged, tokens, bytes) })
     }
 
-    fn made_of(
-        merged: FxHashMap<Pair, u32>,
-        tokens: Vec<Box<[u8]>>,
-        bytes: [u32; 256],
-        whole: Whole,
-    ) -> Self {
+    fn made_of(merged: FxHashMap<Pair, u32>, tokens: Vec<Box<[u8]>>, bytes: [u32; 256]) -> Self {
         let pairs = bytes.iter().flat_map(|&a| bytes.iter().map(move |&b| (a, b)));
         let byte_pairs = pairs.map(|pair| merged.get(&pair).copied().unwrap_or(NEVER)).collect();
-        Self { merged: PairTable::new(&merged), tokens, bytes, byte_pairs, whole }
+        let (merged, whole) = (PairTable::new(&merged), Whole::default());
+        Self { merged, tokens, bytes, byte_pairs, whole, by_ranks: false }
     }
 
     /// The bytes of every token, by id.
     pub fn tokens(&self) -> &[Box<[u8]>] {
         &self.tokens
+    }
+
+    /// Pieces that are known to be one token, and that token: none, or all tokens.
+    pub fn pieces(&self) -> impl DoubleEndedIterator<Item = (&[u8], u32)> {
+        let known = if self.by_ranks { &self.tokens[..] } else { &[] };
+        known.iter().enumerate().map(|(id, token)| (&token[..], id as u32))
     }
 
     /// The bytes of `ids`, joined. They need not be valid UTF-8.
