@@ -365,7 +365,7 @@ pub mod tests {
     }
 
     /// Every byte, and some tokens more, with the bytes in another order than their values.
-    fn ranks(more: &[&str]) -> Vec<(Vec<u8>, u32)> {
+    pub fn ranks(more: &[&str]) -> Vec<(Vec<u8>, u32)> {
         let bytes = (0..=u8::MAX).rev().map(|byte| vec![byte]);
         let more = more.iter().map(|token| token.as_bytes().to_vec());
         bytes.chain(more).zip(0..).collect()
