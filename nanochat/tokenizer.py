@@ -274,7 +274,8 @@ class Tokenizer:
         mask[i] is 1 where the assistant wrote the text of token i, tool calls included: "What is
         2+2?" answered by "4" has a single 1. Trained on is a little more, see `trained_mask`."""
         messages = check_conversation(conversation, "conversation")["messages"]
-        ids, mask = self._encode_segments(self._chat.render(messages))
+        tools = conversation.get("tools") or ()
+        ids, mask = self._encode_segments(self._chat.render(messages, tools))
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: Conversation) -> list[int]:
@@ -282,8 +283,8 @@ class Tokenizer:
         messages = list(check_conversation(conversation, "conversation")["messages"])
         if messages[-1]["role"] == "assistant":
             messages.pop()
-        ids, _ = self._encode_segments([*self._chat.render(messages), *self._chat.reply_opening])
-        return ids
+        rendered = self._chat.render(messages, conversation.get("tools") or ())
+        return self._encode_segments([*rendered, *self._chat.reply_opening])[0]
 
     def _encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[int]]:
         ids: list[int] = []
@@ -319,6 +320,21 @@ class Tokenizer:
     def tool_output_ids(self, text: str) -> list[int]:
         """What is to follow a tool call that printed `text`, before the assistant goes on."""
         return self._encode_segments(self._chat.tool_output(text))[0]
+
+    @property
+    def tool_call_gap(self) -> str:
+        """What stands between the words of a reply and a tool call: a line feed for Qwen."""
+        return self._chat.call_gap
+
+    def read_tool_call(self, text: str) -> str:
+        """The code in what the assistant wrote between the tokens of `tool_call_ids`."""
+        return self._chat.read_call(text)
+
+    def read_tool_output(self, text: str) -> str:
+        """What a tool printed, from the plain text of `tool_output_ids`: Qwen's has tags there."""
+        marked = "".join(s.text for s in self._chat.tool_output("\0") if not s.special)
+        before, _, after = marked.partition("\0")
+        return text.removeprefix(before).removesuffix(after)
 
     def visualize(self, ids: Sequence[int], mask: Sequence[int]) -> str:
         """The tokens side by side, for a terminal: green is trained on, red is not."""
