@@ -27,10 +27,10 @@ from typing import Any, overload
 import numpy as np
 import tiktoken
 
-from nanochat.chat_format import CHATML, NANOCHAT, Segment, plain_format
+from nanochat.chat_format import CHATML, NANOCHAT, Segment, chatml_format, plain_format
 from nanochat.common import UserError, atomic_write, get_base_dir, warn0, write_json
 from nanochat.conversation import Conversation, check_conversation
-from nanochat.tokenizer_files import read_vocabulary, tokenizer_json
+from nanochat.tokenizer_files import read_default_system, read_vocabulary, tokenizer_json
 from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
 
 # What begins documents in vocabularies without tokens for conversations: Llama 3's, GPT-2's to 4's
@@ -43,9 +43,12 @@ MAX_SPACE_RUN = 500_000
 
 
 class Tokenizer:
-    """Runs a vocabulary. Made by `get_tokenizer`, by `Tokenizer.train`, or from a Vocabulary."""
+    """Runs a vocabulary. Made by `get_tokenizer`, by `Tokenizer.train`, or from a Vocabulary.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    `default_system` is what ChatML says where a conversation has no system message; None: what
+    Qwen2.5's instruct models were trained with."""
+
+    def __init__(self, vocabulary: Vocabulary, default_system: str | None = None) -> None:
         self.vocabulary = vocabulary
         specials = vocabulary.specials
         formats = [NANOCHAT, CHATML, *map(plain_format, PLAIN_BOS)]
@@ -57,6 +60,8 @@ class Tokenizer:
                 f"begin documents ({', '.join(PLAIN_BOS)}), but {', '.join(specials) or 'none'}"
             )
         self._chat = fitting[0]
+        if self._chat is CHATML and default_system is not None:
+            self._chat = chatml_format(default_system)
         try:
             self._encoding = tiktoken.Encoding(
                 self._chat.name,
@@ -403,7 +408,7 @@ def get_tokenizer(name_or_dir: str | Path | None = None) -> Tokenizer:
                 f"--tokenizer={name_or_dir} is neither a folder with a tokenizer.json nor qwen2.5. "
                 "Leave the flag out for the one that python -m scripts.tok_train made"
             )
-    return Tokenizer(read_vocabulary(directory))
+    return Tokenizer(read_vocabulary(directory), read_default_system(directory))
 
 
 def _download_qwen(path: Path) -> None:
