@@ -33,6 +33,7 @@ from nanochat.common import UserError, print0, warn0
 from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, TrainFlags
 from nanochat.models import build_model, config_from_dict, config_to_dict
+from nanochat.retokenize import retrain_embeddings
 from nanochat.tokenizer import Tokenizer
 
 
@@ -62,24 +63,36 @@ def start_from(
     return Start(model, tokenizer, meta, folder.parent.name, _name(source, folder))
 
 
-def load_base(tag: str, model: Any, tokenizer: Tokenizer) -> str:
+def load_base(tag: str, model: Any, tokenizer: Tokenizer, new_tokenizer: bool = False) -> str:
     """Continued pretraining: fills `model` with the base weights of that tag; returns their name.
 
-    Only the row length may differ. UserError for another shape or another tokenizer."""
+    Only the row length may differ, and with `new_tokenizer` (--retrain_embeddings) the vocabulary.
+    UserError for another shape or another tokenizer."""
     folder = find_checkpoint("base", tag)
     meta = read_meta(folder)
-    if checkpoint_tokenizer(meta, folder).fingerprint != tokenizer.fingerprint:
+    old = checkpoint_tokenizer(meta, folder)
+    other = old.fingerprint != tokenizer.fingerprint
+    if other and not new_tokenizer:
         raise UserError(
-            f"--source_tag={tag}: {folder} was trained with --tokenizer={meta['tokenizer']}"
+            f"--source_tag={tag}: {folder} was trained with --tokenizer={meta['tokenizer']}. To go "
+            "on with another tokenizer, and new embeddings, say --retrain_embeddings"
         )
     there = config_from_dict(meta["config"], str(folder))
-    if replace(there, sequence_len=model.config.sequence_len) != model.config:
+    rows = model.config.vocab_size if other else there.vocab_size
+    if replace(there, sequence_len=model.config.sequence_len, vocab_size=rows) != model.config:
         raise UserError(
             f"--source_tag={tag}: {folder} holds {there}, but --arch and --depth ask for "
             f"{model.config}"
         )
-    load_weights(folder, model)
     print0(f"starting from {folder}")
+    if other:
+        source = build_model(there)
+        load_weights(folder, source)
+        print0(retrain_embeddings(source, old, model, tokenizer))
+    else:
+        load_weights(folder, model)
+        if new_tokenizer:
+            warn0("--retrain_embeddings: the tokenizer is the same, all rows are carried over")
     return _name("base", folder)
 
 

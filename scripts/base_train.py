@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat import distributed, flags
-from nanochat.common import get_base_dir, print0
+from nanochat.common import UserError, get_base_dir, print0
 from nanochat.dataloader import RowReader, StepLoader, eval_batches
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
@@ -54,6 +54,9 @@ class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     """Tokens in a row."""
     tokenizer: str | None = None
     """Default: our own, from scripts.tok_train. Or qwen2.5, or a folder with a tokenizer.json."""
+    retrain_embeddings: bool = False
+    """Go on from --source_tag with another --tokenizer: rows of tokens that both have are carried
+    over, others begin with the mean of their pieces' rows."""
     data: str | None = None
     """Text: a file, folder or glob of parquet, jsonl(.gz, .zst) with `text`, or txt. Default:
     base_data/."""
@@ -84,6 +87,8 @@ def main(args: Args) -> None:
 
 
 def train(args: Args, info: distributed.DistInfo) -> None:
+    if args.retrain_embeddings and not args.source_tag:
+        raise UserError("--retrain_embeddings needs a --source_tag, whose embeddings to begin with")
     # What there is to learn from
     tokenizer = get_tokenizer(args.tokenizer)
     bos = tokenizer.get_bos_token_id()
@@ -109,7 +114,9 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
     )
     model = build_model(config, info.device, seed=args.seed)
-    started_from = load_base(args.source_tag, model, tokenizer) if args.source_tag else None
+    started_from = None
+    if args.source_tag:
+        started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay
     )
