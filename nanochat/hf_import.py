@@ -105,6 +105,10 @@ def import_model(
         f"rows of {config.sequence_len} tokens (--max_seq_len), of the {trained_len} it was made "
         f"for\ntokenizer {tokenizer_name}, {tokenizer.get_vocab_size():,} ids\nsaved {final}"
     )
+    follow = f"chat_sft --source=base --source_tag={tag}"
+    if stage != "base":
+        follow = f"chat_cli -i {stage} -g {tag}"
+    print0(f"go on with, for one: python -m scripts.{follow}")
     return final
 
 
@@ -176,7 +180,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
                 "read. transformers turns it into safetensors: from_pretrained, save_pretrained"
             )
         raise UserError(f"{folder} holds no model.safetensors and no {index.name}{hint}")
-    files = sorted(set(_read_dict(index).get("weight_map", {}).values()))
+    weight_map = _read_dict(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no weight_map")
+    files = sorted({str(name) for name in weight_map.values()})
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}, which {index.name} names; fetch it again")

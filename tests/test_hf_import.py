@@ -139,6 +139,11 @@ def to_index(*names: str) -> Callable[[Path], None]:
     return change
 
 
+def bad_index(folder: Path) -> None:
+    to_index()(folder)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": ["one.safetensors"]})
+
+
 def twice(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "two.safetensors")
     to_index("one.safetensors", "two.safetensors")(folder)
@@ -165,6 +170,7 @@ REFUSALS: list[tuple[Callable[[Path], Any], str]] = [
     (truncate, "model.safetensors cannot be read"),
     (to_index("gone.safetensors"), "lacks gone.safetensors, which model.safetensors.index.json"),
     (to_index("../one.safetensors"), "lacks ../one.safetensors"),
+    (bad_index, "model.safetensors.index.json has no weight_map"),
     (twice, r"two.safetensors: model\.\S+ is in another file"),
     (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json .* --tokenizer"),
     (lambda f: (f / "config.json").unlink(), "neither a config.json"),

@@ -108,7 +108,8 @@ def test_an_import_is_no_run_to_resume_and_not_written_over() -> None:
     with pytest.raises(UserError, match="Give another --model_tag"):
         run_stage("base_train", *argv)
     with pytest.raises(UserError, match="was imported: it is no run that could be resumed"):
-        run_stage("chat_sft", *CHAT, "--source=base", "--model_tag=gpt-chat", "--resume")
+        sft = [*CHAT, "--source=base", "--source_tag=gpt", "--model_tag=gpt-chat"]
+        run_stage("chat_sft", *sft, "--resume")
 
 
 def test_another_shape_than_the_imports_is_refused() -> None:
@@ -122,7 +123,8 @@ def test_the_command_line_says_what_became_of_it(
     run_stage("hf_import", f"--from={base}/theirs/gpt", "--source=rl", "--max_seq_len=32")
     said = capsys.readouterr().out
     for part in ("gpt, ", "from bfloat16", "stage rl, because --stage says so", "rows of 32 tokens",
-                 "of the 128 it was made for", "tokenizer gpt, 400 ids"):  # fmt: skip
+                 "of the 128 it was made for", "tokenizer gpt, 400 ids",
+                 "chat_cli -i rl -g gpt"):  # fmt: skip
         assert part in said
     with pytest.raises(UserError, match="--max_seq_len=0 must be at least 1"):
         run_stage("hf_import", f"--from={base}/theirs/gpt", "--max_seq_len=0")
