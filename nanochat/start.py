@@ -32,7 +32,7 @@ from nanochat.checkpoint import (
 from nanochat.common import UserError, print0, warn0
 from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, TrainFlags
-from nanochat.models import build_model, config_from_dict, config_to_dict
+from nanochat.models import Config, build_model, config_from_dict, config_to_dict
 from nanochat.retokenize import retrain_embeddings
 from nanochat.tokenizer import Tokenizer
 
@@ -61,6 +61,21 @@ def start_from(
     load_weights(folder, model)
     print0(f"starting from {folder}")
     return Start(model, tokenizer, meta, folder.parent.name, _name(source, folder))
+
+
+def base_meta(tag: str) -> dict[str, Any]:
+    """Of the base model of that tag: what a run needs to know before it builds its own."""
+    # load_base will compare the files' hashes, which takes long, and before it trains
+    return read_meta(find_checkpoint("base", tag), check=False)
+
+
+def continued_config(meta: dict[str, Any], tokenizer: Tokenizer, sequence_len: int) -> Config:
+    """The shape of that base model, with rows of `sequence_len` tokens; for another tokenizer with
+    another vocabulary."""
+    config = config_from_dict(meta["config"])
+    same = tokenizer.fingerprint == meta["tokenizer_fingerprint"]
+    rows = config.vocab_size if same else tokenizer.get_vocab_size()
+    return replace(config, sequence_len=sequence_len, vocab_size=rows)
 
 
 def load_base(tag: str, model: Any, tokenizer: Tokenizer, new_tokenizer: bool = False) -> str:
@@ -141,7 +156,13 @@ def find_resumable(
         print0(f"--resume: {stage_dir(stage) / tag} holds no checkpoint yet; starting afresh")
         return None
     folder = step_dir(stage, tag, found)
-    return folder, read_meta(folder, check=False)
+    meta = read_meta(folder, check=False)
+    if "imported" in meta:
+        raise UserError(
+            f"{folder} was imported: it is no run that could be resumed. Start one from it: "
+            f"--source_tag={tag}, with another --model_tag"
+        )
+    return folder, meta
 
 
 def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: str) -> None:
