@@ -37,8 +37,8 @@ FLOORS = {
     **dict.fromkeys(["token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks", "text_source"], 2),
     "primer": 2.5,
-    **dict.fromkeys(["checkpoint", "engine", "hf"], 3),
-    "start": 3.5,
+    **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
+    **dict.fromkeys(["hf_import", "start"], 3.5),
     **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["finetune", "rollout"], 4.5),
 }
