@@ -34,11 +34,11 @@ FLOORS = {
     **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
-    **dict.fromkeys(["token_cache", "tokenizer"], 1.5),
+    **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks", "text_source"], 2),
     "primer": 2.5,
     **dict.fromkeys(["checkpoint", "engine", "hf"], 3),
-    "start": 3.5,
+    **dict.fromkeys(["hf_export", "start"], 3.5),
     **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["finetune", "rollout"], 4.5),
 }
