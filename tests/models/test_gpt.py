@@ -5,33 +5,16 @@ The GPT: transformers' NanoChatForCausalLM is the oracle for logits and gradient
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.hf import to_hf_name
 from nanochat.models import GPT, GPTConfig, build_model
 from nanochat.models.layers import rms_norm
 from tests.models_for_tests import TINY, randomise, tiny_model, tokens_of
-
-# Our parameter names -> transformers'.
-NAMES = [
-    (r"transformer\.wte", r"model.embed_tokens"),
-    (r"transformer\.h\.(\d+)\.attn\.c_([qkv])", r"model.layers.\1.self_attn.\2_proj"),
-    (r"transformer\.h\.(\d+)\.attn\.c_proj", r"model.layers.\1.self_attn.o_proj"),
-    (r"transformer\.h\.(\d+)\.mlp\.c_fc", r"model.layers.\1.mlp.fc1"),
-    (r"transformer\.h\.(\d+)\.mlp\.c_proj", r"model.layers.\1.mlp.fc2"),
-    (r"lm_head", r"lm_head"),
-]
-
-
-def hf_name(name: str) -> str:
-    module = name.removesuffix(".weight")  # there are no biases
-    matches = [m.expand(new) for old, new in NAMES if (m := re.fullmatch(old, module))]
-    assert len(matches) == 1, f"{name} has {len(matches)} names in the table"
-    return f"{matches[0]}.weight"
 
 
 def oracle(model: Any) -> Any:
@@ -52,7 +35,7 @@ def oracle(model: Any) -> Any:
         attn_implementation="eager",
     )
     twin = transformers.NanoChatForCausalLM(config).eval()
-    weights = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    weights = {to_hf_name("gpt", name): tensor for name, tensor in model.state_dict().items()}
     twin.load_state_dict(weights, strict=True)
     return twin
 
@@ -80,7 +63,7 @@ def test_logits_and_gradients_are_those_of_transformers(
     F.cross_entropy(wanted.flatten(0, 1), targets.flatten(), ignore_index=-1).backward()
     gradients = {name: p.grad for name, p in twin.named_parameters()}
     for name, p in model.named_parameters():
-        theirs = gradients[hf_name(name)]
+        theirs = gradients[to_hf_name("gpt", name)]
         scale = theirs.abs().max()
         assert scale > 0, f"the gradient of {name} says nothing"
         assert (p.grad - theirs).abs().max() < 1e-4 * max(1.0, scale), name

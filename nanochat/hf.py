@@ -1,0 +1,232 @@
+"""
+Our models under Hugging Face's names: parameter names and config.json, both ways, as tables.
+
+The GPT is transformers' NanoChatForCausalLM and Qwen is its Qwen2ForCausalLM, so a checkpoint
+changes sides by being renamed; no value is computed. A config.json that asks for anything our
+models do not do is refused with the key's name: a model that loads is the model that was saved.
+scripts/hf_import.py and scripts/hf_export.py use it. Floor 3.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nanochat.common import UserError
+from nanochat.models import GPTConfig, QwenConfig
+from nanochat.models.gpt import LOGIT_SOFTCAP, ROPE_THETA
+
+Config = GPTConfig | QwenConfig
+
+MODEL_TYPES = {"gpt": "nanochat", "qwen2.5": "qwen2"}
+CLASSES = {"gpt": "NanoChatForCausalLM", "qwen2.5": "Qwen2ForCausalLM"}
+
+# Our parameter names -> transformers'. N is a layer's number.
+GPT_NAMES = {
+    "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.h.N.attn.c_q.weight": "model.layers.N.self_attn.q_proj.weight",
+    "transformer.h.N.attn.c_k.weight": "model.layers.N.self_attn.k_proj.weight",
+    "transformer.h.N.attn.c_v.weight": "model.layers.N.self_attn.v_proj.weight",
+    "transformer.h.N.attn.c_proj.weight": "model.layers.N.self_attn.o_proj.weight",
+    "transformer.h.N.mlp.c_fc.weight": "model.layers.N.mlp.fc1.weight",
+    "transformer.h.N.mlp.c_proj.weight": "model.layers.N.mlp.fc2.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+QWEN_NAMES = [
+    "model.embed_tokens.weight",
+    *(f"model.layers.N.self_attn.{x}_proj.{part}" for x in "qkv" for part in ("weight", "bias")),
+    "model.layers.N.self_attn.o_proj.weight",
+    *(f"model.layers.N.mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
+    "model.layers.N.input_layernorm.weight",
+    "model.layers.N.post_attention_layernorm.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+]
+TO_HF = {"gpt": GPT_NAMES, "qwen2.5": {name: name for name in QWEN_NAMES}}
+FROM_HF = {arch: {hf: own for own, hf in names.items()} for arch, names in TO_HF.items()}
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def to_hf_name(arch: str, name: str) -> str:
+    """transformers' name of one of our parameters. Raises UserError naming an unknown one."""
+    return _renamed(TO_HF[arch], name, f"{arch} has no tensor")
+
+
+def from_hf_name(arch: str, name: str) -> str:
+    """Our name of one of transformers' parameters. Raises UserError naming an unknown one."""
+    return _renamed(FROM_HF[arch], name, f"{CLASSES[arch]} has no tensor")
+
+
+def _renamed(table: dict[str, str], name: str, complaint: str) -> str:
+    layer = LAYER.search(name)
+    other = table.get(LAYER.sub("N", name, count=1))
+    if other is None:
+        raise UserError(f"{complaint} {name}")
+    return other.replace("N", layer.group()) if layer else other
+
+
+# -------------------------------------------------------------------------------------------------
+# config.json
+
+# Keys whose value is the architecture itself. A key that is absent has this value in transformers.
+FIXED: dict[str, dict[str, Any]] = {
+    "gpt": {
+        "hidden_act": "relu2",
+        "final_logit_softcapping": LOGIT_SOFTCAP,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5": {"hidden_act": "silu", "use_sliding_window": False},
+}
+# Keys that other models of the family set, and what they must say if they are there.
+REFUSED: dict[str, Any] = {
+    "quantization_config": None,
+    "compression_config": None,
+    "auto_map": None,  # code of its own
+    "attention_bias": True,  # Qwen's queries, keys and values have it
+    "qkv_bias": True,
+    "mlp_bias": False,
+    "use_mrope": False,
+    "partial_rotary_factor": 1.0,
+}
+SHAPE = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+]
+
+
+def config_to_hf(
+    config: Config, eos_token_id: int, bos_token_id: int | None, dtype: str
+) -> dict[str, Any]:
+    """The whole config.json of a model whose tensors are stored as `dtype` ("bfloat16", ...).
+
+    The rotary base is written twice, as transformers 5 has it and as 4 and vLLM read it."""
+    arch = "gpt" if isinstance(config, GPTConfig) else "qwen2.5"
+    theta = ROPE_THETA if isinstance(config, GPTConfig) else config.rope_theta
+    data: dict[str, Any] = {
+        "architectures": [CLASSES[arch]],
+        "model_type": MODEL_TYPES[arch],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "max_position_embeddings": config.sequence_len,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_theta": theta,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,  # an id here would cut that row's gradient off
+        "dtype": dtype,
+        **FIXED[arch],
+    }
+    if isinstance(config, GPTConfig):
+        return {**data, "intermediate_size": 4 * config.n_embd}
+    return {
+        **data,
+        "intermediate_size": config.n_mlp,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "sliding_window": None,
+        "max_window_layers": config.n_layer,
+    }
+
+
+def config_from_hf(data: dict[str, Any], where: str) -> Config:
+    """Our config for a config.json's content. `where` names the file in errors.
+
+    Raises UserError with the key's name for whatever our models do not do."""
+    archs = {model_type: arch for arch, model_type in MODEL_TYPES.items()}
+    arch = archs.get(str(data.get("model_type")))
+    if arch is None:
+        raise UserError(
+            f"{where}: model_type is {data.get('model_type')!r}; what can be imported is "
+            f"{' and '.join(map(repr, archs))}"
+        )
+    _check_values(data, arch, where)
+    theta = _rope_theta(data, where)
+    shape = {key: _whole(data, key, where) for key in SHAPE}
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    kv_heads = heads
+    if data.get("num_key_value_heads") is not None:
+        kv_heads = _whole(data, "num_key_value_heads", where)
+    if width % heads or data.get("head_dim") not in (None, width // heads):
+        raise UserError(
+            f"{where}: head_dim must be hidden_size / num_attention_heads = {width} / {heads}, "
+            f"and is {data.get('head_dim')}"
+        )
+    if heads % kv_heads:
+        raise UserError(
+            f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}"
+        )
+    common = (shape["max_position_embeddings"], shape["vocab_size"], shape["num_hidden_layers"])
+    if arch == "gpt":
+        _must_be(data, "intermediate_size", 4 * width, where)
+        if theta != ROPE_THETA:
+            raise UserError(f"{where}: rope_theta is {theta}; the GPT's is {ROPE_THETA}")
+        return GPTConfig(*common, heads, kv_heads, width)
+    return QwenConfig(
+        *common,
+        heads,
+        kv_heads,
+        width,
+        n_mlp=shape["intermediate_size"],
+        tied=bool(data.get("tie_word_embeddings", False)),
+        rope_theta=theta,
+        norm_eps=float(data.get("rms_norm_eps", 1e-6)),
+    )
+
+
+def _check_values(data: dict[str, Any], arch: str, where: str) -> None:
+    """Refuses every key that asks for another model than ours."""
+    wanted = {**REFUSED, **FIXED[arch]}
+    if arch == "gpt":
+        wanted["qkv_bias"] = False
+    for key, value in wanted.items():
+        unset = data.get(key) is None
+        if unset and (key not in data or not value or key in REFUSED):
+            continue  # no softcap is not the same as transformers' default of it
+        _must_be(data, key, value, where)
+    layers = set(data.get("layer_types") or ["full_attention"])
+    if layers != {"full_attention"}:
+        raise UserError(f"{where}: layer_types has {sorted(layers)}; only full_attention is known")
+
+
+def _must_be(data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    if data.get(key) != value:
+        need = f"only {value!r} can be imported" if value is not None else "it cannot be imported"
+        raise UserError(f"{where}: {key} is {data.get(key)!r}; {need}")
+
+
+def _whole(data: dict[str, Any], key: str, where: str) -> int:
+    value = data.get(key)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {key} is {value!r} and must be a whole number above 0")
+    return value
+
+
+def _rope_theta(data: dict[str, Any], where: str) -> float:
+    """The rotary base; transformers 5 keeps it in rope_parameters, 4 beside rope_scaling."""
+    thetas = [data["rope_theta"]] if data.get("rope_theta") is not None else []
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = dict(data.get(key) or {})
+        if rope.get("rope_theta") is not None:
+            thetas.append(rope["rope_theta"])
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        odd = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+        if kind != "default" or odd:
+            raise UserError(
+                f"{where}: {key} is {rope}; rotary positions that are scaled or partial "
+                "(rope_type other than default) cannot be imported"
+            )
+    if len({float(theta) for theta in thetas}) > 1:
+        raise UserError(f"{where}: rope_theta has two values, {thetas}")
+    return float(thetas[0]) if thetas else 10_000.0  # transformers' own default
