@@ -60,6 +60,7 @@ def export_model(
     between documents.
 
     Raises UserError if `out` is in use, the disk too small, or a value not to be had in `dtype`."""
+    out = out.resolve()  # "." too has a name, then
     check_target(out, overwrite)
     need = sum(p.numel() for p in model.state_dict().values()) * DTYPES[dtype].itemsize
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,6 @@ def write_configs(folder: Path, model: Any, tokenizer: Tokenizer, chat: bool, dt
         "eos_token_id": stops,
         # Not the end of a turn: training that leaves padding out would never see a turn end
         "pad_token_id": bos,
-        "do_sample": False,
     }
     unused = list(range(tokenizer.get_vocab_size(), model.config.vocab_size))
     if unused:  # padded rows, which stand for nothing and must not be sampled
