@@ -373,7 +373,8 @@ def get_tokenizer(name_or_dir: str | Path | None = None) -> Tokenizer:
 
     None: the one that scripts/tok_train.py made, in $NANOCHAT_BASE_DIR/tokenizer.
     "qwen2.5": $NANOCHAT_BASE_DIR/tokenizer_qwen2.5/tokenizer.json, fetched from the hub if missing.
-    Else a folder with a tokenizer.json: ours, or a byte-level BPE in Hugging Face's format."""
+    Else the name of an imported one, in $NANOCHAT_BASE_DIR/tokenizers/<name>, or a folder with a
+    tokenizer.json: ours, or a byte-level BPE in Hugging Face's format."""
     if not name_or_dir:
         directory = get_base_dir() / "tokenizer"
         if not any((directory / f"tokenizer.{end}").exists() for end in ("json", "pkl")):
@@ -386,13 +387,22 @@ def get_tokenizer(name_or_dir: str | Path | None = None) -> Tokenizer:
         if not (directory / "tokenizer.json").exists():
             _download_qwen(directory / "tokenizer.json")
     else:
-        directory = Path(name_or_dir)
+        directory = imported_dir(str(name_or_dir)) or Path(name_or_dir)
         if not directory.is_dir():
             raise UserError(
-                f"--tokenizer={name_or_dir} is neither a folder with a tokenizer.json nor qwen2.5. "
+                f"--tokenizer={name_or_dir} is neither a folder with a tokenizer.json nor qwen2.5, "
+                f"nor an imported one of {get_base_dir() / 'tokenizers'}. "
                 "Leave the flag out for the one that python -m scripts.tok_train made"
             )
     return Tokenizer(read_vocabulary(directory))
+
+
+def imported_dir(name: str) -> Path | None:
+    """Where an imported tokenizer of that name is. Checkpoints know it by its name, so that a base
+    directory can be moved."""
+    directory = get_base_dir() / "tokenizers" / name
+    plain = Path(name).name == name  # a folder that was named is that folder
+    return directory if plain and directory.is_dir() else None
 
 
 def _download_qwen(path: Path) -> None:
