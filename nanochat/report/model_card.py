@@ -165,7 +165,9 @@ def _usage(chat: bool, tag: str, tokenizer: Tokenizer) -> list[str]:
         return [*lines, f"In training every document began with `{bos}`; put it before a text.\n"]
     before, after = (f"`{names[id]}`" for id in tokenizer.tool_call_ids)
     end = names[tokenizer.encode_special("<|assistant_end|>")]
-    lines.append(f"Generation ends with `{end}`. The default is greedy: the same reply every time.\n")
+    lines.append(
+        f"Generation ends with `{end}`. The default is greedy: the same reply every time.\n"
+    )
     lines.append(TOOLS.format(before=before, after=after))
     lines.append(SPECIALS.format(example=f"`{end}`"))
     if tokenizer.chat_format == "qwen2.5":
