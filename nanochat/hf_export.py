@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from nanochat.chat_template import CHAT_TEMPLATES
+from nanochat.chat_template import chat_template
 from nanochat.common import UserError, print0, write_json
 from nanochat.hf import config_to_hf, to_hf_name, with_own_tokenizer
 from nanochat.manifest import flush
@@ -225,8 +225,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool, sequence_len
     elif not chat:
         content["post_processor"] = _prepend(names[bos], bos)
         config["add_bos_token"] = True
-    if chat and tokenizer.chat_format in CHAT_TEMPLATES:
-        config["chat_template"] = CHAT_TEMPLATES[tokenizer.chat_format]
+    template = chat_template(tokenizer.chat_format, tokenizer.default_system)
+    if chat and template:
+        config["chat_template"] = template
     config["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in content["added_tokens"]

@@ -233,7 +233,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         free = 1_000_000
 
     monkeypatch.setattr(hf_export.shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(UserError, match="0.00 GB are free.*--dtype=bfloat16"):
+    with pytest.raises(UserError, match=r"0.00 GB are free.*--dtype=bfloat16"):
         export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -242,13 +242,13 @@ def test_nothing_of_somebody_elses_is_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()  # an empty folder may be used
     export(out)
-    with pytest.raises(UserError, match="is not empty.*--overwrite"):
+    with pytest.raises(UserError, match=r"is not empty.*--overwrite"):
         export(out)
     (out / "model-00001-of-00002.safetensors").touch()  # of an earlier export in several files
     export(out, overwrite=True)
     assert not (out / "model-00001-of-00002.safetensors").exists()
     (out / "thesis.doc").touch()
-    with pytest.raises(UserError, match="thesis.doc"):
+    with pytest.raises(UserError, match=r"thesis\.doc"):
         export(out, overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):

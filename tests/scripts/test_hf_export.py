@@ -1,4 +1,4 @@
-"""hf_export as one runs it: a checkpoint becomes a folder, with a model card that says what it is."""
+"""hf_export as one runs it: a checkpoint becomes a folder, and its card says what it is."""
 
 from __future__ import annotations
 
