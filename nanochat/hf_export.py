@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,12 @@ def export_model(
     dtype: str = "bfloat16",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    context: int | None = None,
 ) -> None:
     """Writes the folder `out`. `chat` says whether the model has learned conversations: its replies
     end at the end of a turn, and it gets a chat template; a base model's text ends with the token
-    between documents.
+    between documents. `context` is how many positions the model is made for, if that is not its
+    sequence_len: an imported one may have been cut to shorter rows.
 
     Raises UserError if `out` is in use, the disk too small, or a value not to be had in `dtype`."""
     out = out.resolve()  # "." too has a name, then
@@ -76,8 +79,8 @@ def export_model(
     tmp.mkdir()
     try:
         (tmp / "README.md").write_text(card, encoding="utf-8")
-        write_tokenizer(tmp, tokenizer, chat, model.config.sequence_len)
-        write_configs(tmp, model, tokenizer, chat, dtype)
+        write_tokenizer(tmp, tokenizer, chat, context or model.config.sequence_len)
+        write_configs(tmp, model, tokenizer, chat, dtype, context)
         write_weights(tmp, model, dtype, max_shard_size)
         for path in [*tmp.iterdir(), tmp]:
             flush(path)
@@ -137,7 +140,7 @@ def write_weights(
         raise UserError(f"--max_shard_size={max_shard_size}: {e}; write 5GB or 500MB") from e
     files = sorted(plan.filename_to_tensors.items())
     for number, (file, names) in enumerate(files, 1):
-        shard = {name: _cast(name, tensors[name], dtype) for name in names}
+        shard = {name: cast_tensor(name, tensors[name], dtype) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         size = sum(t.nbytes for t in shard.values())
         print0(f"{file}: {len(names)} tensors, {size / 1e6:,.1f} MB ({number} of {len(files)})")
@@ -146,7 +149,7 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+def cast_tensor(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """The tensor in that type, on the host. What is too large for it, or no number, is refused."""
     out = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
     if not torch.isfinite(out).all():
@@ -162,10 +165,18 @@ def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 # config.json, generation_config.json
 
 
-def write_configs(folder: Path, model: Any, tokenizer: Tokenizer, chat: bool, dtype: str) -> None:
+def write_configs(
+    folder: Path,
+    model: Any,
+    tokenizer: Tokenizer,
+    chat: bool,
+    dtype: str,
+    context: int | None = None,
+) -> None:
     """Writes config.json and generation_config.json."""
     bos, stops = tokenizer.get_bos_token_id(), stop_ids(tokenizer, chat)
-    config = config_to_hf(model.config, stops[0], bos, dtype)
+    shape = replace(model.config, sequence_len=context or model.config.sequence_len)
+    config = config_to_hf(shape, stops[0], bos, dtype)
     if not keeps_tokenizer(model, tokenizer):
         config = with_own_tokenizer(config)
     write_json(folder / "config.json", config)

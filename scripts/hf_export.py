@@ -54,8 +54,20 @@ def main(args: Args) -> None:
     model, tokenizer, meta = load_model(args.source, "cpu", args.model_tag, args.step)
     print0(f"exporting {args.source} {meta['tag']}, step {meta['step']}, as {args.dtype}")
     chat = args.source != "base"
+    # An imported model's rows may be shorter than what it is made for
+    context = (meta.get("imported") or {}).get("max_position_embeddings")
     card = model_card(args.source, meta, model, tokenizer, args.dtype, get_base_dir() / "report")
-    export_model(out, model, tokenizer, chat, card, args.dtype, args.max_shard_size, args.overwrite)
+    export_model(
+        out,
+        model,
+        tokenizer,
+        chat,
+        card,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        context=context,
+    )
     print0(f"wrote {out}; load it with AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 

@@ -128,7 +128,8 @@ def _training(source: str, meta: Row) -> list[str]:
         data = m.get("mixture") or (m.get("args") or {}).get("data")
         body.append([stage, m.get("step"), tokens, data, "; ".join(results)])
     lines = ["## Training", "", *table(["stage", "steps", "tokens", "data", "results"], body)]
-    if first := stages[-1][1].get("started_from"):
+    last = stages[-1][1]
+    if first := last.get("started_from") or (last.get("imported") or {}).get("from"):
         lines += [f"It began with: {first}.", ""]
     return lines
 
