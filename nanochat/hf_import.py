@@ -73,6 +73,8 @@ def import_model(
     folder, name = locate(where)
     found = open_hugging_face(folder) if (folder / "config.json").exists() else open_old(folder)
     tag = tag or name
+    if Path(tag).name != tag:
+        raise UserError(f"--model_tag={tag} must be the name of a folder, without a path")
     shape = check_tensors(found)
     directory = Path(tokenizer_dir) if tokenizer_dir else found.tokenizer_dir
     tokenizer = _read_tokenizer(directory, found.config)
@@ -109,9 +111,9 @@ def import_model(
 def locate(where: str) -> tuple[Path, str]:
     """(folder, its name) of --from: a folder of this machine, or a model of the hub, fetched."""
     path = Path(where).expanduser()
-    if path.is_dir():
+    if where and path.is_dir():
         return path, path.resolve().name
-    if path.exists() or not HUB_ID.fullmatch(where):
+    if path.is_file() or not HUB_ID.fullmatch(where):
         raise UserError(
             f"--from={where} is neither a folder nor a model of the hub (as in "
             "--from=Qwen/Qwen2.5-0.5B-Instruct)"
@@ -345,7 +347,8 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Path, tag: str) -> str:
     if (qwen / "tokenizer.json").exists() and _same(qwen, tokenizer):
         return "qwen2.5"
     there = imported_dir(tag)
-    name = tag if there is None or _same(there, tokenizer) else f"{tag}-{tokenizer.fingerprint}"
+    taken = tag == "qwen2.5" or (there is not None and not _same(there, tokenizer))
+    name = f"{tag}-{tokenizer.fingerprint}" if taken else tag
     path = get_base_dir() / "tokenizers" / name / "tokenizer.json"
     if path.exists():
         return name
