@@ -137,7 +137,7 @@ def write_weights(
         raise UserError(f"--max_shard_size={max_shard_size}: {e}; write 5GB or 500MB") from e
     files = sorted(plan.filename_to_tensors.items())
     for number, (file, names) in enumerate(files, 1):
-        shard = {name: _cast(name, tensors[name], dtype) for name in names}
+        shard = {name: cast_tensor(name, tensors[name], dtype) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         size = sum(t.nbytes for t in shard.values())
         print0(f"{file}: {len(names)} tensors, {size / 1e6:,.1f} MB ({number} of {len(files)})")
@@ -146,7 +146,7 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+def cast_tensor(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """The tensor in that type, on the host. What is too large for it, or no number, is refused."""
     out = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
     if not torch.isfinite(out).all():
