@@ -1,19 +1,19 @@
 """
 The chat formats once more, as the Jinja templates that other programs render conversations with.
 
-`CHAT_TEMPLATES[format]` writes the text whose ids, encoded by Hugging Face's `tokenizers` with
-special tokens recognised, are those of `Tokenizer.render_conversation`; with add_generation_prompt
-those of `render_for_completion`. scripts/hf_export.py puts it beside a model. It takes what
-conversation.py calls a conversation: a system message first, if any, and content that is a string
-or a list of parts. chat_format.py says the same in Python; tests/test_chat_template.py compares.
+`chat_template(format)` gives one. It writes the text whose ids, encoded by Hugging Face's
+`tokenizers` with special tokens recognised, are those of `Tokenizer.render_conversation`; with
+add_generation_prompt those of `render_for_completion`. An export has it beside the model. It takes
+what conversation.py calls a conversation: a system message first, if any, and content that is a
+string or a list of parts; ChatML also what the published one takes (tool_calls, tool messages).
+chat_format.py says the same in Python; tests/test_chat_template.py compares.
 
 A template makes a text and no ids, so in two ways the ids may differ, and nothing here can help it:
 
 - A special token's name within a message is ordinary text to us, and the special token there.
-- We encode each stretch of text by itself. Where two stretches meet without a special token between
-  them, a token may reach across the seam there: between neighbouring text parts, and in ChatML also
-  after "assistant\\n" if the reply opens with white space that holds a line break, and around what
-  a tool printed.
+- We encode each stretch of text by itself. Where two meet without a special token between them, a
+  token may reach across the seam there: in ours between neighbouring text parts of a reply, in
+  ChatML after "assistant\\n" if a reply opens with white space that holds a line break.
 
 Floor 1, above chat_format.py.
 """
@@ -77,43 +77,114 @@ _NANOCHAT = (
 """
 )
 
+# As published with Qwen2.5, word for word, and with content in parts besides. DEFAULT stands in for
+# the system prompt, which differs between the published models. `tojson` is written out by itself,
+# never joined to a string: in some programs it gives a string that escapes its neighbours.
 _CHATML = (
     _SAID
-    + rf"""
-{{%- if messages[0]['role'] != 'system' -%}}
-    {{{{- '<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n' -}}}}
-{{%- endif -%}}
-"""
     + r"""
+{%- macro call(name, arguments) -%}
+    {{- '<tool_call>\n{"name": "' -}}
+    {{- name -}}
+    {{- '", "arguments": ' -}}
+    {{- arguments | tojson -}}
+    {{- '}\n</tool_call>' -}}
+{%- endmacro -%}
+{%- set has_system = messages[0]['role'] == 'system' -%}
+{%- if tools -%}
+    {{- '<|im_start|>system\n' -}}
+    {%- if has_system -%}
+        {{- said(messages[0]['content']) -}}
+    {%- else -%}
+        {{- 'DEFAULT' -}}
+    {%- endif -%}
+    {{- '\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' -}}
+    {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' -}}
+    {%- for tool in tools -%}
+        {{- '\n' -}}
+        {{- tool | tojson -}}
+    {%- endfor -%}
+    {{- '\n</tools>\n\nFor each function call, return a json object with function name and ' -}}
+    {{- 'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n' -}}
+    {{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' -}}
+{%- elif has_system -%}
+    {{- '<|im_start|>system\n' + said(messages[0]['content']) + '<|im_end|>\n' -}}
+{%- else -%}
+    {{- '<|im_start|>system\nDEFAULT<|im_end|>\n' -}}
+{%- endif -%}
 {%- for message in messages -%}
     {%- set content = message['content'] -%}
-    {%- if message['role'] == 'user' or (message['role'] == 'system' and loop.first) -%}
-        {{- '<|im_start|>' + message['role'] + '\n' + said(content) + '<|im_end|>\n' -}}
-    {%- elif message['role'] == 'assistant' -%}
+    {%- set role = message['role'] -%}
+    {%- if role == 'user' or (role == 'system' and not loop.first) -%}
+        {{- '<|im_start|>' + role + '\n' + said(content) + '<|im_end|>\n' -}}
+    {%- elif role == 'assistant' and message['tool_calls'] -%}
+        {{- '<|im_start|>assistant' -}}
+        {%- if content -%}
+            {{- '\n' + said(content) -}}
+        {%- endif -%}
+        {%- for tool_call in message['tool_calls'] -%}
+            {%- if tool_call['function'] is defined -%}
+                {%- set tool_call = tool_call['function'] -%}
+            {%- endif -%}
+            {{- '\n' + call(tool_call['name'], tool_call['arguments']) -}}
+        {%- endfor -%}
+        {{- '<|im_end|>\n' -}}
+    {%- elif role == 'assistant' and content is string -%}
+        {{- '<|im_start|>assistant\n' + content + '<|im_end|>\n' -}}
+    {%- elif role == 'assistant' -%}
         {{- '<|im_start|>assistant\n' -}}
-        {%- if content is string -%}
-            {{- content -}}
-        {%- else -%}
-            {%- for part in content -%}
+        {%- set last = namespace(type='') -%}
+        {%- for part in content -%}
+            {%- if part['type'] == 'python_output' -%}
+                {%- if last.type != 'python_output' -%}
+                    {{- '<|im_end|>\n<|im_start|>user' -}}
+                {%- endif -%}
+                {{- '\n<tool_response>\n' + part['text'] + '\n</tool_response>' -}}
+                {%- set last.type = 'python_output' -%}
+            {%- elif part['type'] == 'python' or part['text'] -%}
+                {%- if last.type == 'python_output' -%}
+                    {{- '<|im_end|>\n<|im_start|>assistant\n' -}}
+                {%- endif -%}
                 {%- if part['type'] == 'python' -%}
-                    {{- '<tool_call>' + part['text'] + '</tool_call>' -}}
-                {%- elif part['type'] == 'python_output' -%}
-                    {{- '\n<tool_response>\n' + part['text'] + '\n</tool_response>\n' -}}
+                    {%- if last.type in ['text', 'python'] -%}{{- '\n' -}}{%- endif -%}
+                    {{- call('python', {'code': part['text']}) -}}
                 {%- else -%}
                     {{- part['text'] -}}
                 {%- endif -%}
-            {%- endfor -%}
+                {%- set last.type = part['type'] -%}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- if last.type == 'python_output' -%}
+            {{- '<|im_end|>\n<|im_start|>assistant\n' -}}
         {%- endif -%}
         {{- '<|im_end|>\n' -}}
-    {%- else -%}
-"""
-    + _WRONG_ROLE
-    + r"""
+    {%- elif role == 'tool' -%}
+        {%- if loop.first or messages[loop.index0 - 1]['role'] != 'tool' -%}
+            {{- '<|im_start|>user' -}}
+        {%- endif -%}
+        {{- '\n<tool_response>\n' + said(content) + '\n</tool_response>' -}}
+        {%- if loop.last or messages[loop.index0 + 1]['role'] != 'tool' -%}
+            {{- '<|im_end|>\n' -}}
+        {%- endif -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 )
 
-CHAT_TEMPLATES = {NANOCHAT.name: _NANOCHAT.strip(), CHATML.name: _CHATML.strip()}
-"""The name of a chat format -> its Jinja template. Formats without conversations have none."""
+_TEMPLATES = {NANOCHAT.name: _NANOCHAT.strip(), CHATML.name: _CHATML.strip()}
+
+
+def chat_template(chat_format: str, default_system: str = QWEN_SYSTEM) -> str | None:
+    """The Jinja template of a chat format; None if it has no conversations.
+
+    `default_system` is what ChatML says where a conversation has no system message."""
+    template = _TEMPLATES.get(chat_format)
+    return template and template.replace("DEFAULT", _in_quotes(default_system))
+
+
+def _in_quotes(text: str) -> str:
+    """As it is written inside of a Jinja string in single quotes."""
+    for char, written in (("\\", r"\\"), ("'", r"\'"), ("\n", r"\n"), ("\r", r"\r")):
+        text = text.replace(char, written)
+    return text

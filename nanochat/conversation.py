@@ -9,8 +9,9 @@ What a conversation is, checked in one place.
                       {"type": "text", "text": "4"}]}]}                  # what the user reads
 
 `content` is a string or a list of parts; only an assistant may call tools. A conversation may end
-with the user (a prompt) or with the assistant (a training example). Other keys beside "messages"
-(source, answer, ...) are left alone. Every reader of conversations, from a jsonl line to a chat
+with the user (a prompt) or with the assistant (a training example). "tools" beside "messages" is a
+list of function descriptions, for formats that announce tools (ChatML); other keys (source, answer,
+...) are left alone. Every reader of conversations, from a jsonl line to a chat
 request, passes them through `check_conversation`: the code behind it takes the shape for granted.
 
 Floor 0: imports only common.
@@ -25,6 +26,7 @@ from nanochat.common import UserError
 Conversation = dict[str, Any]
 Message = dict[str, Any]
 Part = dict[str, str]
+Tool = dict[str, Any]
 Content = str | list[Part]
 
 PART_TYPES = ("text", "python", "python_output")
@@ -61,6 +63,9 @@ def check_conversation(conversation: Any, where: str) -> Conversation:
             )
     for i, message in enumerate(messages):
         _check_content(message["content"], message["role"], f"{where}: message {i}")
+    tools = conversation.get("tools") or []
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f'{where}: "tools" must be a list of objects, found {_brief(tools)}')
     return conversation
 
 

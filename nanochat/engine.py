@@ -121,7 +121,8 @@ class ToolUse:
     """The calculator, as a state machine over a row's tokens.
 
     Between the start and the end of a call the expression is collected; then its result, written
-    as the tokenizer's chat format writes tool output, is what the row must say next."""
+    as the tokenizer's chat format writes tool output, is what the row must say next. (In ChatML
+    that is the end of the turn, the user's answer, and the opening of the next turn.)"""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -133,8 +134,8 @@ class ToolUse:
         if token == self.start:
             self.collecting = []
         elif token == self.end and self.collecting is not None:
-            expression, self.collecting = self.tokenizer.decode(self.collecting), None
-            result = calculate(expression)
+            written, self.collecting = self.tokenizer.decode(self.collecting), None
+            result = calculate(self.tokenizer.read_tool_call(written))
             if result is not None:
                 return self.tokenizer.tool_output_ids(result)
         elif self.collecting is not None:
@@ -152,6 +153,7 @@ class Row:
     forced: deque[int] = field(default_factory=deque)
     length: int = 0
     last: int = -1
+    stopped: bool = False  # the model wrote a stop token; a forced one ends nothing
     done: bool = False
 
 
@@ -225,7 +227,7 @@ class Engine:
             yield [self._take(row, token) for row, token in zip(rows, sampled) if not row.done]
             going = []
             for i, row in enumerate(rows):
-                row.done = row.done or row.length >= max_tokens or row.last in self.stops
+                row.done = row.done or row.length >= max_tokens or row.stopped
                 if not row.done:
                     going.append(i)
             if not going:
@@ -237,12 +239,12 @@ class Engine:
             idx = torch.tensor([[row.last] for row in rows], device=self.model.get_device())
             logits = self.model.logits(self.model.hidden(idx, cache)[:, -1])  # (R, V)
 
-    @staticmethod
-    def _take(row: Row, sampled: int) -> tuple[int, int, int]:
+    def _take(self, row: Row, sampled: int) -> tuple[int, int, int]:
         """The row's next token: a forced one if there is one waiting, else what was sampled."""
         mask = 0 if row.forced else 1
         row.last = row.forced.popleft() if row.forced else sampled
         row.length += 1
+        row.stopped = mask == 1 and row.last in self.stops
         if row.tool is not None:
             row.forced.extend(row.tool.feed(row.last))
         return row.index, row.last, mask

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from nanochat.chat_template import CHAT_TEMPLATES
+from nanochat.chat_template import chat_template
 from nanochat.common import UserError, print0, write_json
-from nanochat.hf import config_to_hf, to_hf_name
+from nanochat.hf import config_to_hf, to_hf_name, with_own_tokenizer
 from nanochat.manifest import flush
 from nanochat.models import arch_of
 from nanochat.tokenizer import Tokenizer
-from nanochat.tokenizer_files import tokenizer_json
+from nanochat.tokenizer_files import QWEN_PATTERN, tokenizer_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -165,7 +165,10 @@ def cast_tensor(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 def write_configs(folder: Path, model: Any, tokenizer: Tokenizer, chat: bool, dtype: str) -> None:
     """Writes config.json and generation_config.json."""
     bos, stops = tokenizer.get_bos_token_id(), stop_ids(tokenizer, chat)
-    write_json(folder / "config.json", config_to_hf(model.config, stops[0], bos, dtype))
+    config = config_to_hf(model.config, stops[0], bos, dtype)
+    if not keeps_tokenizer(model, tokenizer):
+        config = with_own_tokenizer(config)
+    write_json(folder / "config.json", config)
     generation: dict[str, Any] = {
         "bos_token_id": bos,
         "eos_token_id": stops,
@@ -176,6 +179,14 @@ def write_configs(folder: Path, model: Any, tokenizer: Tokenizer, chat: bool, dt
     if unused:  # padded rows, which stand for nothing and must not be sampled
         generation["suppress_tokens"] = unused
     write_json(folder / "generation_config.json", generation)
+
+
+def keeps_tokenizer(model: Any, tokenizer: Tokenizer) -> bool:
+    """Whether transformers uses the tokenizer we write if config.json has the usual model_type: not
+    so for a Qwen model with another tokenizer than Qwen's."""
+    vocabulary = tokenizer.vocabulary
+    qwens = (vocabulary.pattern, vocabulary.normalization) == (QWEN_PATTERN, "NFC")
+    return arch_of(model.config) != "qwen2.5" or qwens
 
 
 def stop_ids(tokenizer: Tokenizer, chat: bool) -> list[int]:
@@ -192,8 +203,9 @@ def stop_ids(tokenizer: Tokenizer, chat: bool) -> list[int]:
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool, sequence_len: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json, the chat template in the latter.
 
-    A base model's tokenizer puts the token that begins every document before a text, as in
-    training. A chat model's does not: its template begins with it. Nor does Qwen's, as published."""
+    A base model's tokenizer puts the token that begins every document before a text, as it was in
+    training. A chat model's does not: its template begins with it. Nor does Qwen's: the published
+    one does not."""
     names = {id: name for name, id in tokenizer.vocabulary.specials.items()}
     bos = tokenizer.get_bos_token_id()
     content = tokenizer_json(tokenizer.vocabulary)
@@ -213,8 +225,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool, sequence_len
     elif not chat:
         content["post_processor"] = _prepend(names[bos], bos)
         config["add_bos_token"] = True
-    if chat and tokenizer.chat_format in CHAT_TEMPLATES:
-        config["chat_template"] = CHAT_TEMPLATES[tokenizer.chat_format]
+    template = chat_template(tokenizer.chat_format, tokenizer.default_system)
+    if chat and template:
+        config["chat_template"] = template
     config["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in content["added_tokens"]

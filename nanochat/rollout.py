@@ -87,7 +87,7 @@ def sample_rollouts(
         masks,
         rewards.reshape(shape),
         np.array([sum(m) for m in masks]).reshape(shape),
-        np.array([s[-1] in stops for s in sequences]).reshape(shape),
+        np.array([s[-1] in stops and m[-1] == 1 for s, m in zip(sequences, masks)]).reshape(shape),
     )
 
 

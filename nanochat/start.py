@@ -32,7 +32,7 @@ from nanochat.checkpoint import (
 from nanochat.common import UserError, print0, warn0
 from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, TrainFlags
-from nanochat.models import build_model, config_from_dict, config_to_dict
+from nanochat.models import Config, build_model, config_from_dict, config_to_dict
 from nanochat.tokenizer import Tokenizer
 
 
@@ -60,6 +60,13 @@ def start_from(
     load_weights(folder, model)
     print0(f"starting from {folder}")
     return Start(model, tokenizer, meta, folder.parent.name, _name(source, folder))
+
+
+def base_shape(tag: str) -> tuple[Config, str | None]:
+    """Continued pretraining: the config of the base model of that tag, and its tokenizer's name."""
+    folder = find_checkpoint("base", tag)
+    meta = read_meta(folder, check=False)  # load_base will look at gigabytes, and before it trains
+    return config_from_dict(meta["config"], str(folder)), meta["tokenizer"]
 
 
 def load_base(tag: str, model: Any, tokenizer: Tokenizer) -> str:
@@ -128,7 +135,13 @@ def find_resumable(
         print0(f"--resume: {stage_dir(stage) / tag} holds no checkpoint yet; starting afresh")
         return None
     folder = step_dir(stage, tag, found)
-    return folder, read_meta(folder, check=False)
+    meta = read_meta(folder, check=False)
+    if "imported" in meta:
+        raise UserError(
+            f"{folder} was imported: it is no run that could be resumed. Start one from it: "
+            f"--source_tag={tag}, with another --model_tag"
+        )
+    return folder, meta
 
 
 def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: str) -> None:

@@ -27,10 +27,10 @@ from typing import Any, overload
 import numpy as np
 import tiktoken
 
-from nanochat.chat_format import CHATML, NANOCHAT, Segment, plain_format
+from nanochat.chat_format import CHATML, NANOCHAT, Segment, chatml_format, plain_format
 from nanochat.common import UserError, atomic_write, get_base_dir, warn0, write_json
 from nanochat.conversation import Conversation, check_conversation
-from nanochat.tokenizer_files import read_vocabulary, tokenizer_json
+from nanochat.tokenizer_files import read_default_system, read_vocabulary, tokenizer_json
 from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
 
 # What begins documents in vocabularies without tokens for conversations: Llama 3's, GPT-2's to 4's
@@ -43,9 +43,12 @@ MAX_SPACE_RUN = 500_000
 
 
 class Tokenizer:
-    """Runs a vocabulary. Made by `get_tokenizer`, by `Tokenizer.train`, or from a Vocabulary."""
+    """Runs a vocabulary. Made by `get_tokenizer`, by `Tokenizer.train`, or from a Vocabulary.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    `default_system` is what ChatML says where a conversation has no system message; None: what
+    Qwen2.5's instruct models were trained with."""
+
+    def __init__(self, vocabulary: Vocabulary, default_system: str | None = None) -> None:
         self.vocabulary = vocabulary
         specials = vocabulary.specials
         formats = [NANOCHAT, CHATML, *map(plain_format, PLAIN_BOS)]
@@ -57,6 +60,8 @@ class Tokenizer:
                 f"begin documents ({', '.join(PLAIN_BOS)}), but {', '.join(specials) or 'none'}"
             )
         self._chat = fitting[0]
+        if self._chat is CHATML and default_system is not None:
+            self._chat = chatml_format(default_system)
         try:
             self._encoding = tiktoken.Encoding(
                 self._chat.name,
@@ -134,6 +139,11 @@ class Tokenizer:
     def chat_format(self) -> str:
         """The name of the format of its conversations (chat_format.py); "plain" if it has none."""
         return self._chat.name
+
+    @property
+    def default_system(self) -> str:
+        """What is said where a conversation has no system message; empty if nothing is."""
+        return self._chat.default_system
 
     def encode_special(self, name: str) -> int:
         """The id of a special token. Our names work for Qwen too where it has such a token."""
@@ -279,7 +289,8 @@ class Tokenizer:
         mask[i] is 1 where the assistant wrote the text of token i, tool calls included: "What is
         2+2?" answered by "4" has a single 1. Trained on is a little more, see `trained_mask`."""
         messages = check_conversation(conversation, "conversation")["messages"]
-        ids, mask = self._encode_segments(self._chat.render(messages))
+        tools = conversation.get("tools") or ()
+        ids, mask = self._encode_segments(self._chat.render(messages, tools))
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: Conversation) -> list[int]:
@@ -287,8 +298,8 @@ class Tokenizer:
         messages = list(check_conversation(conversation, "conversation")["messages"])
         if messages[-1]["role"] == "assistant":
             messages.pop()
-        ids, _ = self._encode_segments([*self._chat.render(messages), *self._chat.reply_opening])
-        return ids
+        rendered = self._chat.render(messages, conversation.get("tools") or ())
+        return self._encode_segments([*rendered, *self._chat.reply_opening])[0]
 
     def _encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[int]]:
         ids: list[int] = []
@@ -324,6 +335,21 @@ class Tokenizer:
     def tool_output_ids(self, text: str) -> list[int]:
         """What is to follow a tool call that printed `text`, before the assistant goes on."""
         return self._encode_segments(self._chat.tool_output(text))[0]
+
+    @property
+    def tool_call_gap(self) -> str:
+        """What stands between the words of a reply and a tool call: a line feed for Qwen."""
+        return self._chat.call_gap
+
+    def read_tool_call(self, text: str) -> str:
+        """The code in what the assistant wrote between the tokens of `tool_call_ids`."""
+        return self._chat.read_call(text)
+
+    def read_tool_output(self, text: str) -> str:
+        """What a tool printed, from the plain text of `tool_output_ids`: Qwen's has tags there."""
+        marked = "".join(s.text for s in self._chat.tool_output("\0") if not s.special)
+        before, _, after = marked.partition("\0")
+        return text.removeprefix(before).removesuffix(after)
 
     def visualize(self, ids: Sequence[int], mask: Sequence[int]) -> str:
         """The tokens side by side, for a terminal: green is trained on, red is not."""
@@ -373,7 +399,8 @@ def get_tokenizer(name_or_dir: str | Path | None = None) -> Tokenizer:
 
     None: the one that scripts/tok_train.py made, in $NANOCHAT_BASE_DIR/tokenizer.
     "qwen2.5": $NANOCHAT_BASE_DIR/tokenizer_qwen2.5/tokenizer.json, fetched from the hub if missing.
-    Else a folder with a tokenizer.json: ours, or a byte-level BPE in Hugging Face's format."""
+    Else the name of an imported one, in $NANOCHAT_BASE_DIR/tokenizers/<name>, or a folder with a
+    tokenizer.json: ours, or a byte-level BPE in Hugging Face's format."""
     if not name_or_dir:
         directory = get_base_dir() / "tokenizer"
         if not any((directory / f"tokenizer.{end}").exists() for end in ("json", "pkl")):
@@ -386,13 +413,22 @@ def get_tokenizer(name_or_dir: str | Path | None = None) -> Tokenizer:
         if not (directory / "tokenizer.json").exists():
             _download_qwen(directory / "tokenizer.json")
     else:
-        directory = Path(name_or_dir)
+        directory = imported_dir(str(name_or_dir)) or Path(name_or_dir)
         if not directory.is_dir():
             raise UserError(
-                f"--tokenizer={name_or_dir} is neither a folder with a tokenizer.json nor qwen2.5. "
+                f"--tokenizer={name_or_dir} is neither a folder with a tokenizer.json nor qwen2.5, "
+                f"nor an imported one of {get_base_dir() / 'tokenizers'}. "
                 "Leave the flag out for the one that python -m scripts.tok_train made"
             )
-    return Tokenizer(read_vocabulary(directory))
+    return Tokenizer(read_vocabulary(directory), read_default_system(directory))
+
+
+def imported_dir(name: str) -> Path | None:
+    """Where an imported tokenizer of that name is. Checkpoints know it by its name, so that a base
+    directory can be moved."""
+    directory = get_base_dir() / "tokenizers" / name
+    plain = Path(name).name == name  # a folder that was named is that folder
+    return directory if plain and directory.is_dir() else None
 
 
 def _download_qwen(path: Path) -> None:

@@ -13,6 +13,7 @@ A `tokenizer.pkl` is read without running anything it contains. Floor 0, above v
 
 from __future__ import annotations
 
+import ast
 import pickle
 import re
 from pathlib import Path
@@ -30,6 +31,23 @@ def read_vocabulary(directory: str | Path) -> Vocabulary:
     if (directory / "tokenizer.pkl").exists():
         return read_tokenizer_pkl(directory / "tokenizer.pkl")
     raise UserError(f"{directory} holds no tokenizer.json")
+
+
+def read_default_system(directory: str | Path) -> str | None:
+    """What the ChatML template of a folder's tokenizer_config.json says where a conversation has no
+    system message; None if there is none. Qwen2.5's base, instruct and math models differ in it."""
+    path = Path(directory) / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.exists() else None
+    found = isinstance(template, str) and _SYSTEM_LITERAL.search(template)
+    return (
+        ast.literal_eval(found[0]).split("\n", 1)[1].removesuffix("<|im_end|>\n") if found else None
+    )
+
+
+# A Jinja string, which is spelled as Python's; up to the end of the turn, else it is not all of it
+_SYSTEM_LITERAL = re.compile(
+    r"""(['"])<\|im_start\|>system\\n(?:(?!\1)[^\\\n]|\\[^\n])+?<\|im_end\|>\\n\1"""
+)
 
 
 # ---- how bytes are spelled -----------------------------------------------------------------------

@@ -12,7 +12,7 @@ is set. Checkpoints go to base_checkpoints/<tag>/, metrics to report/train_base_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanochat import distributed, flags
 from nanochat.common import get_base_dir, print0
@@ -26,7 +26,7 @@ from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
 from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
-from nanochat.start import load_base
+from nanochat.start import base_shape, load_base
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import Trainer, autocast
@@ -44,16 +44,17 @@ SAMPLE_PROMPTS = (
 class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     """Pretrain a base model."""
 
-    arch: str = "gpt"
-    """gpt, qwen2.5 (both sized by --depth), or qwen2.5-0.5b, -1.5b, -3b, -7b."""
-    depth: int = 20
-    """Transformer layers; width is 64 times as much, and everything else follows."""
+    arch: str | None = None
+    """gpt (default), qwen2.5 (both sized by --depth), or qwen2.5-0.5b, -1.5b, -3b, -7b."""
+    depth: int | None = None
+    """Transformer layers (default: 20); width is 64 times as much, and all else follows."""
     source_tag: str | None = None
-    """Base model to go on from, of the same shape; default: new weights."""
+    """Base model to go on from, with its shape and tokenizer; default: new weights."""
     max_seq_len: int = 2048
     """Tokens in a row."""
     tokenizer: str | None = None
-    """Default: our own, from scripts.tok_train. Or qwen2.5, or a folder with a tokenizer.json."""
+    """Default: that of --source_tag, else our own, from scripts.tok_train. Or qwen2.5, a name in
+    tokenizers/, or a folder with a tokenizer.json."""
     data: str | None = None
     """Text: a file, folder or glob of parquet, jsonl(.gz, .zst) with `text`, or txt. Default:
     base_data/."""
@@ -85,6 +86,10 @@ def main(args: Args) -> None:
 
 def train(args: Args, info: distributed.DistInfo) -> None:
     # What there is to learn from
+    source_config = None  # the shape to go on with
+    if args.source_tag:
+        source_config, tokenizer_name = base_shape(args.source_tag)
+        args.tokenizer = args.tokenizer or tokenizer_name
     tokenizer = get_tokenizer(args.tokenizer)
     bos = tokenizer.get_bos_token_id()
     files = split_files(args.data, args.val_data)
@@ -102,9 +107,15 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         ensure_bundle(bundle)  # missing data should be known before, not after hours of training
 
     # The model, its optimizer, and how long it trains
-    config, default_tag = make_config(
-        args.arch, args.depth, tokenizer.get_vocab_size(), args.max_seq_len
-    )
+    if source_config is not None and args.arch is None and args.depth is None:
+        config = replace(source_config, sequence_len=args.max_seq_len)
+        default_tag = f"{args.source_tag}-cpt"  # continued pretraining, as the field has it
+    else:
+        args.arch = args.arch or "gpt"
+        args.depth = 20 if args.depth is None else args.depth
+        config, default_tag = make_config(
+            args.arch, args.depth, tokenizer.get_vocab_size(), args.max_seq_len
+        )
     grad_accum_steps(
         args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
     )

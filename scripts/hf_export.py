@@ -55,9 +55,7 @@ def main(args: Args) -> None:
     print0(f"exporting {args.source} {meta['tag']}, step {meta['step']}, as {args.dtype}")
     chat = args.source != "base"
     card = model_card(args.source, meta, model, tokenizer, args.dtype, get_base_dir() / "report")
-    export_model(
-        out, model, tokenizer, chat, card, args.dtype, args.max_shard_size, args.overwrite
-    )
+    export_model(out, model, tokenizer, chat, card, args.dtype, args.max_shard_size, args.overwrite)
     print0(f"wrote {out}; load it with AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 

@@ -19,9 +19,10 @@ def script_of(tokenizer: Tokenizer, content: str | list[dict[str, str]]) -> list
     prompt = {"messages": [{"role": "user", "content": "x"}]}
     messages = [*prompt["messages"], {"role": "assistant", "content": content}]
     ids, mask = tokenizer.render_conversation({"messages": messages})
-    trained = tokenizer.trained_mask(ids, mask)
+    end = max(i for i, id in enumerate(ids) if id == tokenizer.encode_special("<|assistant_end|>"))
+    mask[end] = 1  # the engine's mask: what was sampled. An earlier end, in ChatML, was forced
     start = len(tokenizer.render_for_completion(prompt))
-    return list(zip(ids[start:], trained[start:], strict=True))
+    return list(zip(ids[start : end + 1], mask[start : end + 1], strict=True))
 
 
 class ScriptedEngine:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from nanochat.chat_format import QWEN_SYSTEM
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
+from tests.qwen_template_for_tests import oracle, published
 from tests.tokenizers_for_tests import tiny_qwen, tiny_tokenizer
 
 QUESTION = {"role": "user", "content": "What is 2+2?"}
@@ -131,7 +135,8 @@ def test_completion_is_the_start_of_the_whole(tokenizer: Tokenizer) -> None:
         assert ids[: len(prompt)] == prompt
         assert mask[len(prompt)] == 1
         end = tokenizer.encode_special("<|assistant_end|>")
-        assert ids[len(prompt) :].count(end) == 1  # it is the last reply that is missing
+        in_reply = tokenizer.tool_output_ids("4").count(end) if conversation is TOOL else 0
+        assert ids[len(prompt) :].count(end) == 1 + in_reply  # it is the last reply that is missing
         without_reply = {"messages": conversation["messages"][:-1]}
         assert tokenizer.render_for_completion(without_reply) == prompt
 
@@ -148,6 +153,9 @@ def test_tool_output_is_what_training_shows(tokenizer: Tokenizer) -> None:
     assert mask[ids.index(call_start)] == mask[after - 1] == 1
 
 
+CALL = '<tool_call>\n{"name": "python", "arguments": {"code": "2+2"}}\n</tool_call>'
+
+
 def chatml(*turns: str) -> str:
     return "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns)
 
@@ -162,8 +170,9 @@ def chatml(*turns: str) -> str:
             chatml(
                 f"system\n{QWEN_SYSTEM}",
                 "user\nWhat is 2+2?",
-                "assistant\n[It is<tool_call>2+2</tool_call>]"
-                "\n<tool_response>\n4\n</tool_response>\n[4]",
+                f"assistant\n[It is\n{CALL}]",
+                "user\n<tool_response>\n4\n</tool_response>",
+                "assistant\n[4]",
             ),
         ),
     ],
@@ -177,6 +186,98 @@ def test_chatml_trains_the_end_of_the_assistant_only() -> None:
     assert trained(tiny_qwen(), SYSTEM) == (
         chatml("system\nBe brief.", "user\nWhat is 2+2?") + "<|im_start|>assistant\n[4<|im_end|>]\n"
     )
+
+
+def test_chatml_trains_the_end_of_a_tool_call_and_of_the_reply() -> None:
+    """Whoever calls a tool must hand over to it: that end is the assistant's as well."""
+    assert trained(tiny_qwen(), TOOL) == (
+        chatml(f"system\n{QWEN_SYSTEM}", "user\nWhat is 2+2?")
+        + f"<|im_start|>assistant\n[It is\n{CALL}<|im_end|>]\n"
+        + chatml("user\n<tool_response>\n4\n</tool_response>")
+        + "<|im_start|>assistant\n[4<|im_end|>]\n"
+    )
+
+
+# ---- what is published ---------------------------------------------------------------------------
+
+
+def parts_of(*pairs: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"type": kind, "text": text} for kind, text in pairs]
+
+
+def says(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+LINES = says("user", "First line.\n\n  second \n")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "python",
+            "description": "Cálculo: <b> & 'quotes'",
+            "parameters": {"type": "object", "properties": {"code": {"type": "string"}}},
+        },
+    },
+    {"name": "other"},
+]
+SEVERAL = parts_of(
+    *[("text", "Let me see."), ("text", " So:\n"), ("python", 'len("é")'), ("python", "1\n+1")],
+    *[("python_output", "1\n"), ("python_output", ""), ("python", "3"), ("python_output", "3")],
+    *[("text", "It is 3.\n")],
+)
+PUBLISHED = {
+    "plain": SUM["messages"],
+    "turns": [*SUM["messages"], LINES, says("assistant", "Ja, schön.\n"), QUESTION],
+    "system": [says("system", "Be brief.\n"), LINES, says("assistant", " yes")],
+    "prompt": [QUESTION],
+    "tool": TOOL["messages"],
+    "call first": [QUESTION, says("assistant", SEVERAL[2:])],
+    "several": [QUESTION, says("assistant", SEVERAL), LINES, says("assistant", SEVERAL[2:])],
+}
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_chatml_is_the_published_template(name: str, tools: Any, tmp_path: Path) -> None:
+    """transformers, given the template that Qwen publishes, makes the same text and the same ids,
+    and the same prompt when the last reply is still to come."""
+    tokenizer, messages = tiny_qwen(), PUBLISHED[name]
+    twin = oracle(tokenizer, tmp_path)
+    conversation = {"messages": messages, "tools": tools}
+    ids, _ = tokenizer.render_conversation(conversation)
+    theirs = published(messages)
+    assert tokenizer.decode(ids) == twin.apply_chat_template(theirs, tools=tools, tokenize=False)
+    assert ids == twin.apply_chat_template(theirs, tools=tools)["input_ids"]
+    asked = published(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+    prompt = twin.apply_chat_template(asked, tools=tools, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.render_for_completion(conversation) == prompt
+    # Truncated: the same beginning
+    assert tokenizer.render_conversation(conversation, max_tokens=9)[0] == prompt[:9]
+
+
+@pytest.mark.parametrize(
+    ("written", "code"),
+    [
+        ('\n{"name": "python", "arguments": {"code": "2+2"}}\n', "2+2"),
+        ('{"name": "calculator", "arguments": {"expression": "é\\n"}}', "é\n"),
+        ('{"arguments": {"code": "1", "unit": "kg"}}', "1"),
+        ("2+2", "2+2"),
+        *[(text, text) for text in ('{"a": 1}', "[1, 2]", '{"arguments": {"x": 1}}', "{", "12")],
+        *[(text, text) for text in ('{"arguments": "2+2"}', '{"arguments": {"x": "1", "y": "2"}}')],
+    ],
+)
+def test_calls_are_read_as_models_write_them(written: str, code: str) -> None:
+    assert tiny_qwen().read_tool_call(written) == code
+    assert tiny_tokenizer().read_tool_call(written) == written
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), tiny_qwen()], ids=["ours", "qwen"])
+def test_tool_output_is_read_back(tokenizer: Tokenizer) -> None:
+    specials = set(tokenizer.vocabulary.specials.values())
+    for text in ("4", "", "\n4\n", "user\n<tool_response>\nx"):
+        plain = [id for id in tokenizer.tool_output_ids(text) if id not in specials]
+        assert tokenizer.read_tool_output(tokenizer.decode(plain)) == text
 
 
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), tiny_qwen()], ids=["ours", "qwen"])

@@ -10,6 +10,8 @@ import pytest
 
 from nanochat.hf_export import write_tokenizer
 from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer_files import read_default_system
+from tests.qwen_template_for_tests import oracle, published
 from tests.tokenizers_for_tests import ODD_TEXTS, random_texts, tiny_qwen, tiny_tokenizer
 
 TOKENIZERS = {"nanochat": tiny_tokenizer, "qwen2.5": tiny_qwen}
@@ -105,7 +107,7 @@ def test_many_random_conversations(pair: tuple[Tokenizer, Any]) -> None:
 def test_the_seam_before_a_chatml_reply(pair: tuple[Tokenizer, Any]) -> None:
     """What the docstring of chat_template.py says of replies that open with white space."""
     tokenizer, twin = pair
-    texts = [t for t in map(clean, [*ODD_TEXTS, *random_texts(2, 2000)]) if t]
+    texts = [t for t in map(clean, [*ODD_TEXTS, *random_texts(2, 500)]) if t]
     differ = []
     for text in [*texts, "\nx", " \nx", "\t\r\n", " x", "\n"]:
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
@@ -130,10 +132,79 @@ def test_a_special_tokens_name_is_the_token_there_and_text_here(
         assert theirs(twin, messages).count(own) == ids.count(own) + 1
 
 
-def test_what_is_no_conversation_is_refused(pair: tuple[Tokenizer, Any]) -> None:
+def test_our_format_refuses_what_is_no_conversation(pair: tuple[Tokenizer, Any]) -> None:
+    """ChatML, as published, writes whatever roles it is given."""
     import jinja2
 
+    if pair[0].chat_format != "nanochat":
+        return
     hello = {"role": "user", "content": "Hi"}
     for wrong in ([hello, {"role": "tool", "content": "4"}], [hello, {**hello, "role": "system"}]):
         with pytest.raises(jinja2.TemplateError, match=wrong[1]["role"]):
             pair[1].apply_chat_template(wrong)
+
+
+# ---- ChatML beside the template that Qwen2.5 is published with -----------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "description": "It's <now> & 1 è"}}]
+
+
+def text_of(twin: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    return twin.apply_chat_template(messages, tokenize=False, **options)
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any, Any]:
+    """(ours, transformers with our template, transformers with the published one)"""
+    folder = tmp_path_factory.mktemp("chatml")
+    tokenizer = tiny_qwen()
+    return tokenizer, exported(tokenizer, folder / "it"), oracle(tokenizer, folder)
+
+
+def random_reply(rng: random.Random, texts: list[str]) -> list[dict[str, str]]:
+    """Parts in any order, a text first so that the seam is not met."""
+    kinds = ["text", *(rng.choice(["text", "python", "python_output"]) for _ in range(5))]
+    return [{"type": kind, "text": reply(rng.choice(texts))} for kind in kinds]
+
+
+def test_chatml_in_parts_is_our_rendering(chatml: tuple[Tokenizer, Any, Any]) -> None:
+    tokenizer, twin, _ = chatml
+    rng = random.Random(3)
+    texts = ["", "x y", "12\n", *filter(None, map(clean, random_texts(3, 100)))]
+    for _ in range(100):
+        parts = random_reply(rng, texts)
+        turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts}]
+        assert_same((tokenizer, twin), turn + turn)
+        system = [{"role": "system", "content": "Be brief."}] * rng.randrange(2)
+        ids, _ = tokenizer.render_conversation({"messages": system + turn, "tools": TOOLS})
+        assert theirs(twin, system + turn, tools=TOOLS) == ids
+
+
+def test_chatml_is_the_published_template(chatml: tuple[Tokenizer, Any, Any]) -> None:
+    """For what both take: text, calls, tool messages, offered tools, a second system message."""
+    _, twin, original = chatml
+    rng = random.Random(4)
+    texts = ["x y", " 12\n", "\n'\\", *filter(None, random_texts(4, 100))]
+    for _ in range(100):
+        messages = [{"role": "system", "content": rng.choice(texts)}] * rng.randrange(2)
+        for _ in range(3):
+            messages += [
+                {"role": "user", "content": rng.choice(texts)},
+                {"role": "assistant", "content": random_reply(rng, texts)},
+            ]
+        messages = published(messages)
+        messages.insert(rng.randrange(1, 4), {"role": "system", "content": "Later."})
+        for options in ({}, {"tools": TOOLS}, {"add_generation_prompt": True}):
+            assert text_of(twin, messages, **options) == text_of(original, messages, **options)
+
+
+@pytest.mark.parametrize(
+    "system", ["You are a helpful assistant.", 'Don\'t say \\n.\nSay "\u2028{}".']
+)
+def test_the_default_system_prompt_comes_along_and_back(system: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(tiny_qwen().vocabulary, system)
+    twin = exported(tokenizer, tmp_path / "it")
+    assert_same((tokenizer, twin), [{"role": "user", "content": "Hi"}])
+    ids, _ = tokenizer.render_conversation({"messages": [{"role": "user", "content": "Hi"}]})
+    assert system in tokenizer.decode(ids)
+    assert read_default_system(tmp_path / "it") == system

@@ -119,16 +119,46 @@ def test_only_the_row_that_called_is_forced() -> None:
     assert (sequences[2], masks[2]) == ([12, stop], [0, 1])
 
 
-def test_tool_use_with_qwens_format() -> None:
-    """Qwen has tokens for a call but none for its output, which comes as plain text."""
+class Recited(ScriptedModel):
+    """Says the tokens of `text` one after the other, wherever it is in the reply."""
+
+    def __init__(self, prompt: int, text: Sequence[int]) -> None:
+        self.prompt, self.text = prompt, torch.tensor([*text, *[65] * 99])
+
+    def hidden(self, idx: Tensor, cache: KVCache) -> Tensor:
+        at = cache.positions(idx.size(1)) - self.prompt + 1
+        cache.advance(idx.size(1))
+        return self.text[at.clamp(min=0)][..., None].float()
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(VOCAB), tiny_qwen(VOCAB)])
+def test_a_reply_with_a_call_becomes_the_conversation_that_was_trained(
+    tokenizer: Tokenizer,
+) -> None:
+    """The model writes its share of a conversation, the engine the tool's: the outcome is what the
+    conversation renders to. In ChatML the tool speaks in a turn of its own, so that the end of the
+    assistant's first turn ends nothing."""
+    parts = [("text", "So:"), ("python", "12+30"), ("python_output", "42"), ("text", "It is 42.")]
+    reply = {"role": "assistant", "content": [{"type": k, "text": t} for k, t in parts]}
+    conversation = {"messages": [{"role": "user", "content": "12 + 30?"}, reply]}
+    prompt = tokenizer.render_for_completion(conversation)
+    ids, mask = tokenizer.render_conversation(conversation)
+    end = max(i for i, id in enumerate(ids) if id == tokenizer.encode_special("<|assistant_end|>"))
+    engine = Engine(Recited(len(prompt), ids[len(prompt) :]), tokenizer)
+    sequences, masks = engine.generate_batch(prompt, num_samples=2, max_tokens=400)
+    assert sequences == [ids[: end + 1]] * 2
+    assert masks == [[*mask[:end], 1]] * 2
+
+
+def test_a_call_cut_off_at_the_tools_turn_has_not_ended() -> None:
+    """max_tokens may end a row at a stop token that was forced."""
     tokenizer = tiny_qwen(VOCAB)
     call, without = tool_call(tokenizer, "12+30")
     engine = scripted(tokenizer, [10, *call], without)
-    forced = tokenizer.tool_output_ids("42")
-    sequences, masks = engine.generate_batch([10], max_tokens=len(call) + len(forced))
-    assert sequences == [[10, *call, *forced]]
-    assert masks == [[0, *[1] * len(call), *[0] * len(forced)]]
-    assert tokenizer.decode(forced) == "\n<tool_response>\n42\n</tool_response>\n"
+    sequences, masks = engine.generate_batch([10], max_tokens=len(call) + 1)
+    assert sequences[0][-1] in tokenizer.stop_token_ids and masks[0][-1] == 0
+    longer, _ = engine.generate_batch([10], max_tokens=len(call) + 2)
+    assert longer[0] == [10, *call, *tokenizer.tool_output_ids("42")[:2]]
 
 
 def test_a_tokenizer_without_tokens_for_calls_has_no_tools() -> None:

@@ -19,7 +19,7 @@ import tiktoken
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from nanochat.common import UserError
+from nanochat.common import UserError, write_json
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.tokenizer_files import (
     BYTE_TO_CHAR,
@@ -27,12 +27,14 @@ from nanochat.tokenizer_files import (
     GPT4_PATTERN,
     GPT4O_PATTERN,
     QWEN_PATTERN,
+    read_default_system,
     read_tokenizer_json,
     read_tokenizer_pkl,
     read_vocabulary,
     tokenizer_json,
 )
 from nanochat.vocabulary import SPLIT_PATTERN, Vocabulary
+from tests.qwen_template_for_tests import SYSTEM, oracle, template
 from tests.tokenizers_for_tests import (
     ODD_TEXTS,
     TEXT,
@@ -482,3 +484,43 @@ def test_the_json_wins_over_the_pickle(tmp_path: Path) -> None:
     text = json.dumps(tokenizer_json(tiny_tokenizer().vocabulary))
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
     assert read_vocabulary(tmp_path) == tiny_tokenizer().vocabulary
+
+
+# ---- the default system prompt -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spelled", "system"),
+    [
+        (SYSTEM, SYSTEM),
+        ("You are a helpful assistant.", "You are a helpful assistant."),
+        (r"Put it within \\\\boxed{}. It\'s\nall.", "Put it within \\\\boxed{}. It's\nall."),
+    ],
+)
+def test_the_default_system_prompt_is_the_templates(
+    spelled: str, system: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("jinja2")
+    twin = oracle(tiny_qwen(), tmp_path)
+    twin.chat_template = template(spelled)
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": twin.chat_template})
+    tokenizer = get_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "Hi"}]
+    ids, _ = tokenizer.render_conversation({"messages": messages})
+    assert twin.apply_chat_template(messages)["input_ids"] == ids
+    assert f"system\n{system}<|im_end|>" in tokenizer.decode(ids)
+    # Which prompt is the default decides no id of a text
+    assert tokenizer.fingerprint == tiny_qwen().fingerprint
+
+
+@pytest.mark.parametrize("config", [None, {}, {"chat_template": None}, {"chat_template": "x"}])
+def test_without_a_template_the_default_is_the_instruct_models(
+    config: dict | None, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "tokenizer.json", tokenizer_json(tiny_qwen().vocabulary))
+    if config is not None:
+        write_json(tmp_path / "tokenizer_config.json", config)
+    assert read_default_system(tmp_path) is None
+    conversation = {"messages": [{"role": "user", "content": "Hi"}]}
+    ids, _ = get_tokenizer(tmp_path).render_conversation(conversation)
+    assert SYSTEM in tiny_qwen().decode(ids)

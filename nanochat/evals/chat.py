@@ -12,6 +12,7 @@ what is returned is the same on every rank. Floor 4.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -198,7 +199,7 @@ class _Run:
 
     def _reply(self, conversation: Any, ids: list[int], mask: list[int]) -> Item:
         """One sampled reply, judged. ids and mask are without the prompt."""
-        ended = bool(ids) and ids[-1] in self.tokenizer.stop_token_ids
+        ended = bool(ids) and ids[-1] in self.tokenizer.stop_token_ids and mask[-1] == 1
         text, parts = split_reply(self.tokenizer, ids, mask)
         correct = self.task.evaluate(conversation, text)
         shown = parts if any(part["type"] != "text" for part in parts) else text
@@ -242,12 +243,14 @@ def split_reply(
     kinds = {"python_start": "python", "output_start": "python_output"}
     kind = "text"  # of the stretch we are in, by the special tokens
     for i, token in enumerate(ids):
-        if token in tokenizer.stop_token_ids:
+        forced = mask is not None and not mask[i]
+        if token in tokenizer.stop_token_ids and not forced:
             break
         if token in special:
             kind = kinds.get(special[token], "text")
             continue
-        forced = mask is not None and not mask[i]
+        if forced and not tokenizer.token_bytes[token]:
+            continue  # in ChatML the output is a turn of its own
         current = "python_output" if forced else kind
         if runs[-1][0] != current:
             runs.append((current, []))
@@ -255,7 +258,14 @@ def split_reply(
     parts: list[Part] = [
         {"type": kind, "text": tokenizer.decode(tokens)} for kind, tokens in runs if tokens
     ]
-    return reply_text(parts), parts
+    for part, following in itertools.zip_longest(parts, parts[1:]):
+        if part["type"] == "python":
+            part["text"] = tokenizer.read_tool_call(part["text"])
+        elif part["type"] == "python_output":
+            part["text"] = tokenizer.read_tool_output(part["text"])
+        elif following and following["type"] == "python":
+            part["text"] = part["text"].removesuffix(tokenizer.tool_call_gap)
+    return reply_text(parts), [part for part in parts if part["text"] or part["type"] != "text"]
 
 
 # -----------------------------------------------------------------------------

@@ -71,9 +71,8 @@ names from what strangers write.
 """
 
 SEAM = """\
-A reply in the history that begins with white space holding a line break, and what surrounds a
-tool's output, may be cut into tokens otherwise than in training. Replies as the model writes them
-do not begin so.
+A reply in the history that begins with white space holding a line break may be cut into other
+tokens than those the model wrote: `transformers` joins it to the line before.
 """
 
 LICENCE = """\
@@ -165,7 +164,7 @@ def _usage(chat: bool, tag: str, tokenizer: Tokenizer) -> list[str]:
         return [*lines, f"In training every document began with `{bos}`; put it before a text.\n"]
     before, after = (f"`{names[id]}`" for id in tokenizer.tool_call_ids)
     end = names[tokenizer.encode_special("<|assistant_end|>")]
-    lines.append(f"Generation ends with `{end}`. The default is greedy: the same reply every time.\n")
+    lines.append(f"A reply ends with `{end}`. The default is greedy: the same reply every time.\n")
     lines.append(TOOLS.format(before=before, after=after))
     lines.append(SPECIALS.format(example=f"`{end}`"))
     if tokenizer.chat_format == "qwen2.5":

@@ -45,8 +45,10 @@ class ReplyStream:
         self._tokenizer = tokenizer
         try:
             self._call_start, self._call_end = tokenizer.tool_call_ids
+            self._gap = tokenizer.tool_call_gap
         except UserError:  # a vocabulary without tokens for calls
-            self._call_start = self._call_end = -1
+            self._call_start, self._call_end, self._gap = -1, -1, ""
+        self._held = ""  # the gap, until it is known whether a call follows
         self._inside = "text"
         self._tool_text = ""  # a tool call is shown whole: half an expression tells nobody anything
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -77,6 +79,9 @@ class ReplyStream:
             return events + self._enter("text")
         text = self._utf8.decode(_text_bytes(self._tokenizer, token))
         if self._inside == "text":
+            text, self._held = self._held + text, ""
+            if self._gap and text.endswith(self._gap):
+                text, self._held = text.removesuffix(self._gap), self._gap
             return events + self._emit("text", text)
         self._tool_text += text
         return events
@@ -115,11 +120,13 @@ class ReplyStream:
         rest = self._utf8.decode(b"", final=True)
         inside, self._inside = self._inside, kind
         if inside == "text":
-            return self._emit("text", rest)
+            held, self._held = "" if kind == "python" else self._held, ""
+            return self._emit("text", held + rest)
         text, self._tool_text = self._tool_text + rest, ""
-        if inside == "python_output":
-            before, after = _output_frame(self._tokenizer)
-            text = text.removeprefix(before).removesuffix(after)
+        if inside == "python":
+            text = self._tokenizer.read_tool_call(text)
+        elif inside == "python_output":
+            text = self._tokenizer.read_tool_output(text)
         return self._emit(inside, text)
 
     def _emit(self, kind: str, text: str) -> list[Event]:
@@ -139,12 +146,3 @@ def _text_bytes(tokenizer: Any, token: int) -> bytes:
     (padded embedding rows)."""
     sizes = tokenizer.token_bytes
     return tokenizer.decode_bytes([token]) if token < len(sizes) and sizes[token] else b""
-
-
-def _output_frame(tokenizer: Any) -> tuple[str, str]:
-    """The plain text that a chat format puts around tool output, beside special tokens: nothing in
-    ours, tags in Qwen's. Found by framing a mark."""
-    framed = tokenizer.tool_output_ids("#")
-    text = b"".join(_text_bytes(tokenizer, id) for id in framed).decode("utf-8")
-    before, _, after = text.partition("#")
-    return before, after

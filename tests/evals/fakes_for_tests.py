@@ -78,7 +78,8 @@ class ReplyEngine:
     def _tokens(self, content: Any, ended: bool) -> tuple[list[int], list[int]]:
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
         ids, mask = self.tokenizer.render_conversation({"messages": messages})
-        trained = self.tokenizer.trained_mask(ids, mask)
         start = len(self.tokenizer.render_for_completion({"messages": messages}))
-        end = max(i for i, t in enumerate(trained) if t) + 1  # ChatML has a newline after the end
-        return (ids[start : end if ended else end - 1], trained[start : end if ended else end - 1])
+        stop = self.tokenizer.encode_special("<|assistant_end|>")
+        end = max(i for i, id in enumerate(ids) if id == stop)  # ChatML has a newline after it
+        mask[end] = 1  # the engine's mask: what was sampled
+        return ids[start : end + ended], mask[start : end + ended]
