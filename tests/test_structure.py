@@ -39,6 +39,7 @@ FLOORS = {
     "primer": 2.5,
     **dict.fromkeys(["checkpoint", "engine", "hf"], 3),
     **dict.fromkeys(["hf_export", "hf_import", "start"], 3.5),
+    "gguf": 3.75,
     **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["finetune", "rollout"], 4.5),
 }
