@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,19 @@ def export_model(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     context: int | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the folder `out`. `chat` says whether the model has learned conversations: its replies
     end at the end of a turn, and it gets a chat template; a base model's text ends with the token
     between documents. `context` is how many positions the model is made for, if that is not its
-    sequence_len: an imported one may have been cut to shorter rows.
+    sequence_len: an imported one may have been cut to shorter rows. `also` writes the weights a
+    second time, in another format, into the folder it is given.
 
     Raises UserError if `out` is in use, the disk too small, or a value not to be had in `dtype`."""
     out = out.resolve()  # "." too has a name, then
     check_target(out, overwrite)
     need = sum(p.numel() for p in model.state_dict().values()) * DTYPES[dtype].itemsize
+    need *= 1 if also is None else 2
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < need * 1.05 + 50e6:  # the tokenizer may take some megabytes
@@ -82,6 +86,8 @@ def export_model(
         write_tokenizer(tmp, tokenizer, chat, context or model.config.sequence_len)
         write_configs(tmp, model, tokenizer, chat, dtype, context)
         write_weights(tmp, model, dtype, max_shard_size)
+        if also is not None:
+            also(tmp)
         for path in [*tmp.iterdir(), tmp]:
             flush(path)
         _publish(tmp, out)
