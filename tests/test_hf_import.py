@@ -139,6 +139,11 @@ def to_index(*names: str) -> Callable[[Path], None]:
     return change
 
 
+def bad_index(folder: Path) -> None:
+    to_index()(folder)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": ["one.safetensors"]})
+
+
 def twice(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "two.safetensors")
     to_index("one.safetensors", "two.safetensors")(folder)
@@ -165,6 +170,7 @@ REFUSALS: list[tuple[Callable[[Path], Any], str]] = [
     (truncate, "model.safetensors cannot be read"),
     (to_index("gone.safetensors"), "lacks gone.safetensors, which model.safetensors.index.json"),
     (to_index("../one.safetensors"), "lacks ../one.safetensors"),
+    (bad_index, "model.safetensors.index.json has no weight_map"),
     (twice, r"two.safetensors: model\.\S+ is in another file"),
     (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json .* --tokenizer"),
     (lambda f: (f / "config.json").unlink(), "neither a config.json"),
@@ -247,7 +253,7 @@ def test_importing_again_moves_the_first_aside_and_keeps_its_tokenizer(
     save_hf(tmp_path / "gpt", "gpt")
     import_model(str(tmp_path / "gpt"), "tag", stage="mid")
     other = tokenizer_of("gpt").fingerprint
-    assert f"tokenizer tag-{other}" in capsys.readouterr().out
+    assert "tokenizer tag-" in capsys.readouterr().out
     assert load_model("base", "cpu")[1].fingerprint == tokenizer_of("qwen2.5").fingerprint
     assert load_model("mid", "cpu")[1].fingerprint == other
 
@@ -257,6 +263,25 @@ def test_qwens_own_tokenizer_keeps_its_name(saved: Path, own_base_dir: Path) -> 
     import_model(str(saved), "tag")
     assert load_model("base", "cpu")[2]["tokenizer"] == "qwen2.5"
     assert not (own_base_dir / "tokenizers").exists()
+
+
+def test_one_vocabulary_and_two_prompts_are_two_tokenizers(
+    saved: Path, tmp_path: Path, own_base_dir: Path
+) -> None:
+    """Qwen2.5's base and instruct models differ in what they say without a system message."""
+    shutil.copytree(saved, tmp_path / "other")
+    template = r"{{- '<|im_start|>system\nBe brief.<|im_end|>\n' }}"
+    write_json(tmp_path / "other" / "tokenizer_config.json", {"chat_template": template})
+    tokenizer_of("qwen2.5").save(own_base_dir / "tokenizer_qwen2.5")
+    import_model(str(saved), "first")
+    import_model(str(tmp_path / "other"), "second")
+    hello = {"messages": [{"role": "user", "content": "Hello"}]}
+    said = []
+    for tag in ("first", "second"):
+        _, tokenizer, meta = load_model("base", "cpu", tag)
+        said.append(tokenizer.decode(tokenizer.render_for_completion(hello)))
+        assert meta["tokenizer"] == {"first": "qwen2.5", "second": "second"}[tag]
+    assert "system\nYou are Qwen" in said[0] and "system\nBe brief.<|im_end|>" in said[1]
 
 
 # ---- the original nanochat's

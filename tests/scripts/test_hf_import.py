@@ -75,8 +75,8 @@ def test_every_training_stage_goes_on_from_it(arch: str) -> None:
         assert model.config == config_of(arch, sequence_len=length)
         assert tokenizer.fingerprint == tokenizer_of(arch).fingerprint
         # Kept under the tag, except that qwen2.5 is the name of Qwen's own
-        plain = f"qwen2.5-{tokenizer.fingerprint}" if arch == "qwen2.5" else arch
-        assert meta["tokenizer"] == (f"{arch}-chat" if stage == "rl" else plain)
+        name = f"{arch}-chat" if stage == "rl" else arch
+        assert (meta["tokenizer"] == name) != (name == "qwen2.5")
     before = load_model("base", "cpu", arch)[0].state_dict()
     after = load_model("base", "cpu", f"{arch}-cpt")[0].state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -108,7 +108,8 @@ def test_an_import_is_no_run_to_resume_and_not_written_over() -> None:
     with pytest.raises(UserError, match="Give another --model_tag"):
         run_stage("base_train", *argv)
     with pytest.raises(UserError, match="was imported: it is no run that could be resumed"):
-        run_stage("chat_sft", *CHAT, "--source=base", "--model_tag=gpt-chat", "--resume")
+        sft = [*CHAT, "--source=base", "--source_tag=gpt", "--model_tag=gpt-chat"]
+        run_stage("chat_sft", *sft, "--resume")
 
 
 def test_another_shape_than_the_imports_is_refused() -> None:
@@ -122,7 +123,8 @@ def test_the_command_line_says_what_became_of_it(
     run_stage("hf_import", f"--from={base}/theirs/gpt", "--source=rl", "--max_seq_len=32")
     said = capsys.readouterr().out
     for part in ("gpt, ", "from bfloat16", "stage rl, because --stage says so", "rows of 32 tokens",
-                 "of the 128 it was made for", "tokenizer gpt, 400 ids"):  # fmt: skip
+                 "of the 128 it was made for", "tokenizer gpt, 400 ids",
+                 "chat_cli -i rl -g gpt"):  # fmt: skip
         assert part in said
     with pytest.raises(UserError, match="--max_seq_len=0 must be at least 1"):
         run_stage("hf_import", f"--from={base}/theirs/gpt", "--max_seq_len=0")
