@@ -25,9 +25,9 @@ from unicodedata import is_normalized
 from unittest.mock import patch
 
 import numpy as np
-import rustbpe
 import torch
 
+import rustbpe
 from bench.bpe_common import RESULTS, Run, describe, measure, surroundings
 from nanochat import flags, gguf
 from nanochat.common import UserError, print0, write_json

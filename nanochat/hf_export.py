@@ -19,7 +19,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,12 @@ def export_model(
     dtype: str = "bfloat16",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    context: int | None = None,
     also: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the folder `out`. `chat` says whether the model has learned conversations: its replies
     end at the end of a turn, and it gets a chat template; a base model's text ends with the token
-    between documents. `context` is how many positions the model is made for, if that is not its
-    sequence_len: an imported one may have been cut to shorter rows. `also` writes the weights a
-    second time, in another format, into the folder it is given.
+    between documents. `also` writes the weights a second time, in another format, into the folder
+    that it is given.
 
     Raises UserError if `out` is in use, the disk too small, or a value not to be had in `dtype`."""
     out = out.resolve()  # "." too has a name, then
@@ -83,8 +80,8 @@ def export_model(
     tmp.mkdir()
     try:
         (tmp / "README.md").write_text(card, encoding="utf-8")
-        write_tokenizer(tmp, tokenizer, chat, context or model.config.sequence_len)
-        write_configs(tmp, model, tokenizer, chat, dtype, context)
+        write_tokenizer(tmp, tokenizer, chat, model.config.sequence_len)
+        write_configs(tmp, model, tokenizer, chat, dtype)
         write_weights(tmp, model, dtype, max_shard_size)
         if also is not None:
             also(tmp)
@@ -171,18 +168,10 @@ def cast_tensor(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 # config.json, generation_config.json
 
 
-def write_configs(
-    folder: Path,
-    model: Any,
-    tokenizer: Tokenizer,
-    chat: bool,
-    dtype: str,
-    context: int | None = None,
-) -> None:
+def write_configs(folder: Path, model: Any, tokenizer: Tokenizer, chat: bool, dtype: str) -> None:
     """Writes config.json and generation_config.json."""
     bos, stops = tokenizer.get_bos_token_id(), stop_ids(tokenizer, chat)
-    shape = replace(model.config, sequence_len=context or model.config.sequence_len)
-    config = config_to_hf(shape, stops[0], bos, dtype)
+    config = config_to_hf(model.config, stops[0], bos, dtype)
     if not keeps_tokenizer(model, tokenizer):
         config = with_own_tokenizer(config)
     write_json(folder / "config.json", config)

@@ -12,7 +12,7 @@ import torch
 
 from bench import gguf as bench
 from nanochat import gguf as ours
-from nanochat.chat_template import CHAT_TEMPLATES
+from nanochat.chat_template import chat_template
 from nanochat.common import UserError, read_json
 from nanochat.engine import Engine
 from nanochat.gguf import check_gguf, gguf_tensors, write_gguf
@@ -162,7 +162,7 @@ def test_where_replies_end_and_texts_begin(make: Any, chat: bool, tmp_path: Path
     assert value(reader, "tokenizer.ggml.add_bos_token") == begins
     if chat:
         template = value(reader, "tokenizer.chat_template")
-        assert template == CHAT_TEMPLATES[tokenizer.chat_format]
+        assert template == chat_template(tokenizer.chat_format, tokenizer.default_system)
     else:
         assert "tokenizer.chat_template" not in reader.fields
 

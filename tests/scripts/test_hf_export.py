@@ -92,3 +92,25 @@ def test_the_card_tells_the_report_of_this_step(own_base_dir: Path, tmp_path: Pa
     assert "62.5 ± 5.0" in card
     assert "MMLU" not in card
     assert "GSM8K" not in card
+
+
+def test_gguf(own_base_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: uv sync")
+    save_tiny(own_base_dir, "sft", arch="qwen2.5")
+    out = tmp_path / "out"
+    run(f"--out={out}", "--gguf", "--dtype=float16")
+    assert sorted(p.name for p in out.iterdir()) == sorted([*FILES, "model.gguf"])
+    reader = gguf.GGUFReader(out / "model.gguf")
+    assert reader.fields["general.name"].contents() == "tiny (sft)"
+    assert "tokenizer.chat_template" in reader.fields
+    assert reader.tensors[0].tensor_type == gguf.GGMLQuantizationType.F16
+    assert "bailingmoe" in capsys.readouterr().err  # its tokenizer is ours
+    run(f"--out={out}", "--overwrite")
+    assert sorted(p.name for p in out.iterdir()) == FILES
+
+
+def test_a_gpt_has_no_gguf(own_base_dir: Path, tmp_path: Path) -> None:
+    save_tiny(own_base_dir, "sft")
+    with pytest.raises(UserError, match=r"llama\.cpp has no such architecture"):
+        run(f"--out={tmp_path / 'out'}", "--gguf")
+    assert not (tmp_path / "out").exists()
