@@ -174,6 +174,10 @@ def write_configs(folder: Path, model: Any, tokenizer: Tokenizer, chat: bool, dt
     config = config_to_hf(model.config, stops[0], bos, dtype)
     if not keeps_tokenizer(model, tokenizer):
         config = with_own_tokenizer(config)
+        print0(
+            f"config.json: model_type is {config['model_type']}, Qwen2's computation under a name "
+            "of which transformers takes this tokenizer as it is"
+        )
     write_json(folder / "config.json", config)
     generation: dict[str, Any] = {
         "bos_token_id": bos,
