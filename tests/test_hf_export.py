@@ -190,6 +190,18 @@ def test_import_export_import_is_the_identity(
     assert config_from_hf(ours, "") == config_from_hf(read_json(theirs / "config.json"), "")
 
 
+def test_the_default_system_prompt_comes_back(own_base_dir: Path, tmp_path: Path) -> None:
+    """It differs between the published models, and decides the ids of most conversations."""
+    model, plain = make("qwen, tied, padded rows")
+    tokenizer = Tokenizer(plain.vocabulary, "You're terse.\n")
+    export_model(tmp_path / "out", model, tokenizer, True, "")
+    import_model(str(tmp_path / "out"), "again")
+    _, again, _ = load_model("sft", "cpu", "again")
+    hello = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert again.render_conversation(hello) == tokenizer.render_conversation(hello)
+    assert again.default_system == "You're terse.\n"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shorter_types(dtype: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.0")
