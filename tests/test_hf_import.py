@@ -306,6 +306,7 @@ def test_an_old_checkpoint_with_its_pickled_tokenizer(tmp_path: Path) -> None:
     old = save_old(folder)
     save_old(tmp_path / "bare", prefix="")
     (tmp_path / "bare" / "model_000010.pt").write_bytes(b"an older one is not read")
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "of a page on the hub"}')
     tokenizer_of("gpt").save(tmp_path / "old" / "tokenizer")
     (tmp_path / "old" / "tokenizer" / "tokenizer.json").unlink()
     import_model(str(folder))
