@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.engine import KVCache
-from nanochat.models import ARCHITECTURES
+from nanochat.hf import to_hf_name
+from nanochat.models import ARCHITECTURES, arch_of
 from tests.models import test_gpt, test_qwen
 from tests.models_for_tests import tiny_model, tokens_of
 
@@ -42,7 +43,7 @@ def assert_same_gradients(model: Any, twin: Any, idx: Tensor, targets: Tensor) -
     F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1).backward()
     theirs = {name: p.grad for name, p in twin.named_parameters()}
     for name, p in model.named_parameters():
-        wanted = theirs[test_gpt.hf_name(name) if isinstance(model, test_gpt.GPT) else name]
+        wanted = theirs[to_hf_name(arch_of(model.config), name)]
         assert (p.grad - wanted).abs().max() < 2e-5 * max(1.0, float(wanted.abs().max())), name
 
 
