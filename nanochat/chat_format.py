@@ -64,6 +64,8 @@ class ChatFormat:
     """What stands between the words of a reply and a tool call."""
     read_call: Callable[[str], str]
     """The text between the tokens of a tool call -> the code, as in a conversation's part."""
+    default_system: str = ""
+    """What is said where a conversation has no system message."""
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -164,6 +166,7 @@ def chatml_format(default_system: str = QWEN_SYSTEM) -> ChatFormat:
         tool_output=lambda text: [*_tool_outputs_chatml([text]), *_REPLY_OPENING_CHATML],
         call_gap=_CALL_GAP_CHATML,
         read_call=_read_call_chatml,
+        default_system=default_system,
     )
 
 

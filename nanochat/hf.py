@@ -86,6 +86,7 @@ REFUSED: dict[str, Any] = {
     "auto_map": None,  # code of its own
     "attention_bias": True,  # Qwen's queries, keys and values have it
     "qkv_bias": True,
+    "attention_out_bias": False,
     "mlp_bias": False,
     "use_mrope": False,
     "partial_rotary_factor": 1.0,
@@ -140,11 +141,35 @@ def config_to_hf(
     }
 
 
+TWIN = "seed_oss"  # a model_type that is Qwen's architecture under another name
+
+
+def with_own_tokenizer(data: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a Qwen model whose tokenizer is not Qwen's, such that transformers uses
+    that tokenizer.
+
+    Whatever else the files say, transformers 5 gives a "qwen2" model Qwen's split pattern: numbers
+    and line breaks become other ids than in training. SeedOssForCausalLM computes the same of the
+    same tensors and brings no tokenizer of its own."""
+    heads, width = data["num_attention_heads"], data["hidden_size"]
+    qwens_only = ("use_sliding_window", "sliding_window", "max_window_layers")
+    return {
+        **{key: value for key, value in data.items() if key not in qwens_only},
+        "architectures": ["SeedOssForCausalLM"],
+        "model_type": TWIN,
+        "head_dim": width // heads,
+        "attention_bias": True,  # of queries, keys and values
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "residual_dropout": 0.0,
+    }
+
+
 def config_from_hf(data: dict[str, Any], where: str) -> Config:
     """Our config for a config.json's content. `where` names the file in errors.
 
     Raises UserError with the key's name for whatever our models do not do."""
-    archs = {model_type: arch for arch, model_type in MODEL_TYPES.items()}
+    archs = {model_type: arch for arch, model_type in MODEL_TYPES.items()} | {TWIN: "qwen2.5"}
     arch = archs.get(str(data.get("model_type")))
     if arch is None:
         raise UserError(

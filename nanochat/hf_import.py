@@ -80,7 +80,7 @@ def import_model(
     """Imports a folder or hub id; returns the folder of our checkpoint. The flags' meaning is in
     scripts/hf_import.py. UserError, with nothing written, for whatever is not exactly our model."""
     folder, name = locate(where)
-    found = open_hugging_face(folder) if (folder / "config.json").exists() else open_old(folder)
+    found = open_checkpoint(folder)
     tag = tag or name
     if Path(tag).name != tag:
         raise UserError(f"--model_tag={tag} must be the name of a folder, without a path")
@@ -144,6 +144,14 @@ def locate(where: str) -> tuple[Path, str]:
 
 # -------------------------------------------------------------------------------------------------
 # Opening
+
+
+def open_checkpoint(folder: Path) -> Found:
+    """What a folder holds. An original checkpoint may have a config.json beside it on the hub."""
+    old = any(OLD_NAME.fullmatch(path.name) for path in folder.iterdir())
+    if not (folder / "config.json").exists() or (old and not any(folder.glob("*.safetensors"))):
+        return open_old(folder)
+    return open_hugging_face(folder)
 
 
 def open_hugging_face(folder: Path) -> Found:

@@ -135,6 +135,16 @@ class Tokenizer:
         """The id that begins every document: <|bos|>, or <|endoftext|> for Qwen."""
         return self.encode_special(self._chat.bos)
 
+    @property
+    def chat_format(self) -> str:
+        """The name of the format of its conversations (chat_format.py); "plain" if it has none."""
+        return self._chat.name
+
+    @property
+    def default_system(self) -> str:
+        """What is said where a conversation has no system message; empty if nothing is."""
+        return self._chat.default_system
+
     def encode_special(self, name: str) -> int:
         """The id of a special token. Our names work for Qwen too where it has such a token."""
         specials = self.vocabulary.specials

@@ -53,5 +53,7 @@ def save_hf(
     model.generation_config.eos_token_id = [end, tokenizer.get_bos_token_id()]
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer.save(folder)
+    file = str(folder / "tokenizer.json")  # which it writes anew, in its own words
+    transformers.PreTrainedTokenizerFast(tokenizer_file=file).save_pretrained(folder)
     (folder / "tokenizer.pkl").unlink()
     return model

@@ -265,13 +265,15 @@ def test_qwens_own_tokenizer_keeps_its_name(saved: Path, own_base_dir: Path) -> 
     assert not (own_base_dir / "tokenizers").exists()
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
 def test_one_vocabulary_and_two_prompts_are_two_tokenizers(
-    saved: Path, tmp_path: Path, own_base_dir: Path
+    file: str, saved: Path, tmp_path: Path, own_base_dir: Path
 ) -> None:
     """Qwen2.5's base and instruct models differ in what they say without a system message."""
     shutil.copytree(saved, tmp_path / "other")
     template = r"{{- '<|im_start|>system\nBe brief.<|im_end|>\n' }}"
-    write_json(tmp_path / "other" / "tokenizer_config.json", {"chat_template": template})
+    text = template if file.endswith("jinja") else json.dumps({"chat_template": template})
+    (tmp_path / "other" / file).write_text(text, encoding="utf-8")
     tokenizer_of("qwen2.5").save(own_base_dir / "tokenizer_qwen2.5")
     import_model(str(saved), "first")
     import_model(str(tmp_path / "other"), "second")
@@ -304,6 +306,7 @@ def test_an_old_checkpoint_with_its_pickled_tokenizer(tmp_path: Path) -> None:
     old = save_old(folder)
     save_old(tmp_path / "bare", prefix="")
     (tmp_path / "bare" / "model_000010.pt").write_bytes(b"an older one is not read")
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "of a page on the hub"}')
     tokenizer_of("gpt").save(tmp_path / "old" / "tokenizer")
     (tmp_path / "old" / "tokenizer" / "tokenizer.json").unlink()
     import_model(str(folder))

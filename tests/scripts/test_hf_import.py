@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
 from nanochat import flags
 from nanochat.checkpoint import load_model, read_meta, step_dir
 from nanochat.common import UserError, get_base_dir
+from nanochat.engine import Engine
 from nanochat.primer.write import write_primer
-from scripts import chat_cli, chat_eval
+from nanochat.serve.api import create_app
+from nanochat.serve.protocol import Limits
+from scripts import chat_cli
 from tests.hf_for_tests import config_of, save_hf, tokenizer_of
 from tests.tiny_world import MID_FLAGS, RL_FLAGS, run_stage
 
@@ -91,6 +95,17 @@ def test_a_first_step_learns_at_the_rate_it_is_told() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_pretraining_goes_on_with_another_tokenizer(base: Path) -> None:
+    """The tag is still enough for the shape; the rows are the new tokenizer's."""
+    argv = ["--source_tag=qwen2.5", f"--tokenizer={base}/theirs/gpt", "--model_tag=retrained"]
+    with pytest.raises(UserError, match="say --retrain_embeddings"):
+        run_stage("base_train", *BASE, *argv)
+    run_stage("base_train", *BASE, *argv, "--retrain_embeddings")
+    model, tokenizer, _ = load_model("base", "cpu", "retrained")
+    assert model.config == config_of("qwen2.5", sequence_len=64, vocab_size=400)
+    assert tokenizer.fingerprint == tokenizer_of("gpt").fingerprint
+
+
 @pytest.mark.parametrize("arch", ["qwen2.5", "gpt"])
 def test_it_is_evaluated_and_talks(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     tag = f"--model_tag={arch}-chat"
@@ -99,8 +114,15 @@ def test_it_is_evaluated_and_talks(arch: str, capsys: pytest.CaptureFixture[str]
     rows = (get_base_dir() / "report" / "chat_eval.jsonl").read_text(encoding="utf-8")
     last = json.loads(rows.splitlines()[-1])
     assert (last["model_tag"], last["step"]) == (f"{arch}-chat", 0)
+    capsys.readouterr()
     run_stage("chat_cli", "--device_type=cpu", tag, "--prompt=Hello!", "--max_new_tokens=8")
-    assert chat_cli and chat_eval and capsys.readouterr().out
+    assert capsys.readouterr().out
+    model, tokenizer, _ = load_model("sft", "cpu", f"{arch}-chat")  # as scripts.chat_web does
+    limits = Limits(model.config.sequence_len, 8, 0.0, 50)
+    with TestClient(create_app(Engine(model, tokenizer), tokenizer, "it", limits)) as client:
+        asked = {"messages": [{"role": "user", "content": "Hello!"}]}
+        reply = client.post("/v1/chat/completions", json=asked).json()
+    assert reply["model"] == "it" and reply["usage"]["completion_tokens"] > 0
 
 
 def test_an_import_is_no_run_to_resume_and_not_written_over() -> None:
