@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,8 @@ class Args:
     """Training steps of each model."""
     batch_size: int = 16
     """Rows in one of lm-eval's batches."""
+    base_dir: str = ""
+    """Folder to keep the models in; those that are there from an earlier call are used again."""
     out: str = str(OUT)
     """Where the result goes."""
 
@@ -350,14 +353,16 @@ def write_texts(tasks: Sequence[CoreTask], max_items: int, folder: Path) -> None
             texts.append(prompts[at])
     for name, part in (("train", texts), ("val", texts[:10])):
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            f.writelines(json.dumps({"text": text}) + "\n" for text in part)
 
 
 def train(arch: str, steps: int, folder: Path) -> None:
-    """A tiny model of that architecture, trained and exported to folder/ARCH."""
+    """A tiny model of that architecture, trained and exported to folder/ARCH; once."""
+    if (folder / arch).exists():
+        return
     data = [f"--data={folder / 'train.jsonl'}", f"--val_data={folder / 'val.jsonl'}"]
     python = [sys.executable, "-m"]
-    if not (folder / "tokenizer").exists():
+    if not (folder / "tokenizer").exists():  # one for both
         run(*python, "scripts.tok_train", *data, "--vocab_size=2048", base_dir=folder)
     run(
         *python, "scripts.base_train", *data, f"--arch={arch}", f"--model_tag={arch}", "--depth=2",
@@ -381,19 +386,19 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
         for shots in dict.fromkeys((task.num_fewshot, 0)):
             tests.append(make_test(replace(task, num_fewshot=shots), args.items, tokenizer))
     peer = folder / f"lm_eval_{arch}"
+    shutil.rmtree(peer, ignore_errors=True)
     peer.mkdir()
-    names = []
+    calls: tuple[list[str], list[str]] = ([], [])
     for test in tests:
         again = [row.again for row in test.rows if row.again]
-        for name, documents in (
-            (test.name, [row.document for row in test.rows]),
-            (f"{test.name}_again", again),
-        ):
+        first = [row.document for row in test.rows]
+        for names, name, documents in zip(calls, (test.name, f"{test.name}_again"), (first, again)):
             if documents:
                 write_task(peer, name, test.task.kind, documents)
                 names.append(name)
     spec = {
-        "folder": str(peer), "model": str(folder / arch), "tasks": names,
+        "folder": str(peer), "model": str(folder / arch),
+        "calls": [names for names in calls if names],
         "batch_size": args.batch_size, "max_length": model.config.sequence_len - 1,
     }  # fmt: skip
     worker = str(Path(__file__).with_name("lm_eval_worker.py"))
@@ -421,7 +426,8 @@ def main(args: Args) -> None:
             raise UserError(f"--tasks: the bundle has no {', '.join(sorted(unknown))}")
         tasks = [task for task in tasks if task.label in args.tasks.split("|")]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(args.base_dir or name).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         write_texts(tasks, args.items, folder)
         models = [measure(arch, args, tasks, folder) for arch in ARCHS]
     wrong = [
