@@ -20,9 +20,23 @@ from bench import lm_eval_scores as bench
 from nanochat.common import UserError
 from nanochat.evals.core import CoreTask, Item, find_spans, predict_task, read_items, render_prompts
 from nanochat.hf_export import export_model
-from tests.evals.test_core import ROWS
+from tests.evals import test_core
 from tests.models_for_tests import tiny_model
 from tests.tokenizers_for_tests import tiny_qwen, tiny_tokenizer
+
+# With a row of each kind whose options have more in common than the cut leaves out
+ROWS: dict[str, list[Item]] = {
+    "multiple_choice": [
+        *test_core.ROWS["multiple_choice"],
+        {"query": "Tom sells", "choices": ["the apples", "the clocks"], "gold": 0},
+    ],
+    "schema": [
+        *test_core.ROWS["schema"],
+        {"context_options": ["Tom and the cat", "Anna and the cat"], "continuation": "slept.",
+         "gold": 1},
+    ],
+    "language_modeling": test_core.ROWS["language_modeling"],
+}  # fmt: skip
 
 
 def make_test(folder: Path, kind: str, shots: int, tokenizer: Any) -> bench.Test:
@@ -78,10 +92,8 @@ def test_texts_and_spans_are_those_that_core_scores(kind: str, tmp_path: Path) -
                 bos = tokenizer.get_bos_token_id()
                 prompts = [tokenizer.encode(context, prepend=bos), *ids]
             assert spans == find_spans(kind, prompts)
-    if kind == "language_modeling":
-        assert not any(row.again for row in test.rows)  # there both cut at the same place
-    if kind == "schema":
-        assert any(row.again for row in test.rows)
+    # A continuation is cut off at the same place by both
+    assert any(row.again for row in test.rows) == (kind != "language_modeling")
 
 
 @pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
@@ -194,9 +206,7 @@ def test_what_was_recorded_is_agreement() -> None:
 
 
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
-    from tests.evals.test_core import write_bundle
-
-    bundle = str(write_bundle(tmp_path))
+    bundle = str(test_core.write_bundle(tmp_path))
     with pytest.raises(UserError, match="the bundle has no nonsense"):
         bench.main(bench.Args("python", bundle=bundle, tasks="my_schema|nonsense"))
-    assert read_items(bench.read_bundle(Path(bundle))[0]) == ROWS["multiple_choice"]
+    assert read_items(bench.read_bundle(Path(bundle))[0]) == test_core.ROWS["multiple_choice"]
