@@ -17,8 +17,19 @@ import pytest
 import torch
 
 from bench import lm_eval_scores as bench
+from bench.lm_eval_rows import document, pairs_of, probes_of
 from nanochat.common import UserError
-from nanochat.evals.core import CoreTask, Item, find_spans, predict_task, read_items, render_prompts
+from nanochat.evals.core import (
+    CoreTask,
+    Item,
+    Probe,
+    find_spans,
+    predict_task,
+    read_bundle,
+    read_items,
+    render_prompts,
+    score_sequences,
+)
 from nanochat.hf_export import export_model
 from tests.evals import test_core
 from tests.models_for_tests import tiny_model
@@ -48,10 +59,8 @@ def make_test(folder: Path, kind: str, shots: int, tokenizer: Any) -> bench.Test
 
 def found_by_us(test: bench.Test, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What the worker would return if lm-eval agreed in everything."""
-    rows = [bench.our_row(model, tokenizer, bench.pairs_of(row.document)) for row in test.rows]
-    again = [
-        bench.our_row(model, tokenizer, bench.pairs_of(row.again)) for row in test.rows if row.again
-    ]
+    rows = [bench.our_row(model, tokenizer, pairs_of(row.document)) for row in test.rows]
+    again = [bench.our_row(model, tokenizer, pairs_of(row.again)) for row in test.rows if row.again]
     return {
         test.name: {"rows": rows, "metrics": bench.metrics_of(test, rows)},
         f"{test.name}_again": {"rows": again, "metrics": {}},
@@ -70,8 +79,8 @@ def test_documents_to_the_letter() -> None:
     }
     for kind, item in items.items():
         task = CoreTask("t", kind, Path("x"), 0, ": ", 0.0)
-        cut = bench.document(task, item, render_prompts(task, item, []))
-        assert bench.pairs_of(cut) == wanted[kind]
+        cut = document(task, item, render_prompts(task, item, []))
+        assert pairs_of(cut) == wanted[kind]
         assert cut.get("gold") == item.get("gold")
 
 
@@ -82,8 +91,8 @@ def test_texts_and_spans_are_those_that_core_scores(kind: str, tmp_path: Path) -
         test = make_test(tmp_path, kind, shots, tokenizer)
         for row in test.rows:
             cut = row.again or row.document
-            spans = bench.probes_of(tokenizer, bench.pairs_of(cut))
-            texts = [context + end for context, end in bench.pairs_of(row.document)]
+            spans = probes_of(tokenizer, pairs_of(cut))
+            texts = [context + end for context, end in pairs_of(row.document)]
             ids = tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id())
             assert [span.ids for span in spans] == ids
             prompts = ids
@@ -161,7 +170,7 @@ def test_our_numbers_are_those_of_transformers_on_the_export(
         test = make_test(tmp_path, kind, 1, tokenizer)
         rows = []
         for row in test.rows:
-            pairs = bench.pairs_of(row.again or row.document)
+            pairs = pairs_of(row.again or row.document)
             # Our tokenizer puts <|bos|> before a text after export too; Qwen's does not
             naive = naive_row(tmp_path / "out", pairs, add_bos=qwen)
             ours = bench.our_row(model, tokenizer, pairs)
@@ -184,8 +193,8 @@ def test_a_greedy_continuation_counts() -> None:
     order = logits.argsort(descending=True).tolist()
     likeliest, second = order[:2]
     for token, wanted in ((likeliest, True), (second, False)):
-        probe = bench.Probe([*ids, token], len(ids))
-        assert bench.score_sequences(model, [probe])[0].greedy is wanted
+        probe = Probe([*ids, token], len(ids))
+        assert score_sequences(model, [probe])[0].greedy is wanted
 
 
 def test_what_was_recorded_is_agreement() -> None:
@@ -209,4 +218,4 @@ def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
     bundle = str(test_core.write_bundle(tmp_path))
     with pytest.raises(UserError, match="the bundle has no nonsense"):
         bench.main(bench.Args("python", bundle=bundle, tasks="my_schema|nonsense"))
-    assert read_items(bench.read_bundle(Path(bundle))[0]) == test_core.ROWS["multiple_choice"]
+    assert read_items(read_bundle(Path(bundle))[0]) == test_core.ROWS["multiple_choice"]
