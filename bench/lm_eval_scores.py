@@ -69,11 +69,11 @@ class Args:
     """Python of an environment with lm-eval."""
     bundle: str = ""
     """The CORE bundle; default: $NANOCHAT_BASE_DIR/eval_bundle."""
-    items: int = 50
+    items: int = 20
     """Rows of each task."""
     tasks: str = ""
     """Tasks by their label, joined by |; empty: all of the bundle."""
-    steps: int = 300
+    steps: int = 200
     """Training steps of each model."""
     batch_size: int = 16
     """Rows in one of lm-eval's batches."""
@@ -277,8 +277,8 @@ def train(arch: str, steps: int, folder: Path) -> None:
         run(*python, "scripts.tok_train", *data, "--vocab_size=2048", base_dir=folder)
     run(
         *python, "scripts.base_train", *data, f"--arch={arch}", f"--model_tag={arch}", "--depth=2",
-        "--max_seq_len=256", "--device_type=cpu", "--device_batch_size=16",
-        "--total_batch_size=4096", f"--num_iterations={steps}", "--eval_tokens=4096",
+        "--max_seq_len=256", "--device_type=cpu", "--device_batch_size=8",
+        "--total_batch_size=2048", f"--num_iterations={steps}", "--eval_tokens=4096",
         "--core_metric_every=-1", "--sample_prompts=The", base_dir=folder,
     )  # fmt: skip
     run(
