@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.bpe_common import RESULTS, surroundings
+from bench.lm_eval_chat import chat_disagreement, measure_chat
 from bench.lm_eval_rows import document, pairs_of, probes_of, recut, write_task
 from nanochat import flags
 from nanochat.checkpoint import load_model
@@ -307,15 +308,12 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
             if documents:
                 write_task(peer, name, test.task.kind, documents)
                 names.append(name)
-    spec = {
-        "folder": str(peer), "model": str(folder / arch),
-        "calls": [names for names in calls if names],
-        "batch_size": args.batch_size, "max_length": model.config.sequence_len - 1,
-    }  # fmt: skip
-    worker = str(Path(__file__).with_name("lm_eval_worker.py"))
-    # -I: without the worker's own folder on the path, and so without our modules
-    run(args.peer_python, "-I", worker, json.dumps(spec), base_dir=folder)
-    theirs = read_json(peer / "found.json")
+    used = [names for names in calls if names]
+
+    def ask(**spec: Any) -> dict[str, Any]:
+        return ask_lm_eval(args, max_length=model.config.sequence_len - 1, **spec)
+
+    theirs = ask(folder=peer, model=folder / arch, calls=used, chat=False)
     rows = []
     for test in tests:
         rows.append(compare(test, theirs["tasks"], model, tokenizer))
@@ -324,7 +322,21 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
             f"{arch} {test.name:40} CORE {core['ours']:.3f} {core['lm_eval']:.3f}  acc "
             f"{metrics['acc']:.3f}  max diff {rows[-1]['max_diff']:.1e}  {disagreement(rows[-1])}"
         )
-    return {"arch": arch, "peer_versions": theirs["versions"], "tasks": rows}
+    chat_items = next(test.items for test in tests if test.task.kind == "multiple_choice")
+    (peer / "chat").mkdir()
+    chat = measure_chat(peer / "chat", chat_items[: 5 * args.items], model, tokenizer, ask)
+    print0(f"{arch} chat: max diff {chat['max_diff']:.1e}  {chat_disagreement(chat, CLOSE)}")
+    return {"arch": arch, "peer_versions": theirs["versions"], "tasks": rows, "chat": chat}
+
+
+def ask_lm_eval(args: Args, folder: Path, **spec: Any) -> dict[str, Any]:
+    """Runs the worker on the tasks in `folder`; what it found."""
+    spec = {key: str(v) if isinstance(v, Path) else v for key, v in spec.items()}
+    words = json.dumps({**spec, "folder": str(folder), "batch_size": args.batch_size})
+    worker = str(Path(__file__).with_name("lm_eval_worker.py"))
+    # -I: without the worker's own folder on the path, and so without our modules
+    run(args.peer_python, "-I", worker, words, base_dir=folder)
+    return read_json(folder / "found.json")
 
 
 def main(args: Args) -> None:
@@ -346,6 +358,11 @@ def main(args: Args) -> None:
         for model in models
         for row in model["tasks"]
         if disagreement(row)
+    ]
+    wrong += [
+        f"{model['arch']} chat: {chat_disagreement(model['chat'], CLOSE)}"
+        for model in models
+        if chat_disagreement(model["chat"], CLOSE)
     ]
     result = {
         "max_diff": max(row["max_diff"] for model in models for row in model["tasks"]),

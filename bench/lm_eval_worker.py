@@ -39,8 +39,9 @@ def main(spec: dict) -> None:
     # different places, for one, and gives the shorter continuation the wrong positions' logits
     for names in spec["calls"]:
         found = simple_evaluate(
-            model=model, tasks=names, task_manager=manager, log_samples=True, bootstrap_iters=0
-        )
+            model=model, tasks=names, task_manager=manager, log_samples=True, bootstrap_iters=0,
+            apply_chat_template=spec["chat"],
+        )  # fmt: skip
         for name in names:
             metrics = {
                 key.removesuffix(",none"): value
