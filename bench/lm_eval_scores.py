@@ -365,6 +365,7 @@ def main(args: Args) -> None:
         if chat_disagreement(model["chat"], CLOSE)
     ]
     result = {
+        "settings": {"rows": args.items, "steps": args.steps, "tasks": [t.label for t in tasks]},
         "max_diff": max(row["max_diff"] for model in models for row in model["tasks"]),
         "loglikelihoods": sum(r["loglikelihoods"] for model in models for r in model["tasks"]),
         "disagreements": wrong,

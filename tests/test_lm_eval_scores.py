@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from bench import lm_eval_scores as bench
+from bench.lm_eval_chat import chat_disagreement, chat_document, chat_task, compare_chat
 from bench.lm_eval_rows import document, pairs_of, probes_of
 from nanochat.common import UserError
 from nanochat.evals.core import (
@@ -206,6 +207,7 @@ def test_what_was_recorded_is_agreement() -> None:
             row["task"] for row in model["tasks"]
         }
         assert all(bench.disagreement(row) == "" for row in model["tasks"])
+        assert chat_disagreement(model["chat"], bench.CLOSE) == ""
         # The models know something: agreement on guesses would say little
         right = [row["core"]["ours"] - row["chance"] for row in model["tasks"]]
         assert sum(right) / len(right) > 0.1
@@ -219,3 +221,58 @@ def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the bundle has no nonsense"):
         bench.main(bench.Args("python", bundle=bundle, tasks="my_schema|nonsense"))
     assert read_items(read_bundle(Path(bundle))[0]) == test_core.ROWS["multiple_choice"]
+
+
+# ---- chats ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch, qwen", [("gpt", False), ("qwen2.5", False), ("qwen2.5", True)])
+def test_letters_in_a_chat_are_those_of_transformers(arch: str, qwen: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    tokenizer = tiny_qwen() if qwen else tiny_tokenizer()
+    model = tiny_model(arch, vocab_size=400, sequence_len=256).eval()
+    export_model(tmp_path / "out", model, tokenizer, chat=True, card="", dtype="float32")
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    ).eval()
+    task = chat_task(ROWS["multiple_choice"], tokenizer, 255)
+    assert len(task) == len(ROWS["multiple_choice"])
+    rows = []
+    for i in range(len(task)):
+        said = chat_document(task[i])
+        message = [{"role": "user", "content": said["context"]}]
+        text = hf_tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        prompt = hf_tokenizer.encode(text, add_special_tokens=False)
+        row: Item = {"ids": [], "starts": [], "lls": []}
+        for letter in said["choices"]:
+            ids = hf_tokenizer.encode(text + letter, add_special_tokens=False)
+            with torch.no_grad():
+                logprobs = hf_model(torch.tensor([ids])).logits[0, -2].log_softmax(-1)
+            row["ids"].append(ids)
+            row["starts"].append(len(prompt))
+            row["lls"].append(float(logprobs[ids[-1]]))
+        rows.append(row)
+    best = [row["lls"].index(max(row["lls"])) for row in rows]
+    golds = [chat_document(task[i])["gold"] for i in range(len(task))]
+    accuracy = sum(b == g for b, g in zip(best, golds)) / len(golds)
+    found = {"rows": rows, "metrics": {"acc": accuracy}}
+    compared = compare_chat(task, found, model, tokenizer)
+    assert chat_disagreement(compared, 1e-3) == "" and compared["loglikelihoods"] == 15
+
+    rows[0]["lls"] = rows[0]["lls"][::-1]
+    rows[1]["starts"] = [0, 0, 0]
+    found["metrics"]["acc"] += 0.1
+    noticed = chat_disagreement(compare_chat(task, found, model, tokenizer), 1e-3)
+    for word in ("other_tokens 1", "other_predictions 1", "log-likelihoods", "accuracy"):
+        assert word in noticed
+
+
+def test_chat_prompts_that_do_not_fit_are_left_out() -> None:
+    tokenizer = tiny_tokenizer()
+    rows = ROWS["multiple_choice"]
+    lengths = [
+        len(tokenizer.render_for_completion(chat_task([row], tokenizer, 10**6)[0])) for row in rows
+    ]
+    limit = sorted(lengths)[2]
+    assert len(chat_task(rows, tokenizer, limit)) == sum(n <= limit for n in lengths) < len(rows)
