@@ -4,6 +4,8 @@ Our CORE evaluation against lm-eval (EleutherAI), on the same model and the same
     python -m venv /tmp/lmeval && /tmp/lmeval/bin/pip install "lm-eval[hf]==0.4.13"
     python -m bench.lm_eval_scores --peer_python=/tmp/lmeval/bin/python --bundle=eval_bundle
 
+The recorded result is of the tasks and steps that its "settings" name (--tasks, --steps).
+
 A tiny model of each architecture is trained on the very rows that it is asked about, so that it is
 right more often than chance: its scores say nothing about a model, only whether two programs agree.
 It is exported by scripts.hf_export and loaded by lm-eval through transformers. lm-eval gets each
@@ -17,7 +19,9 @@ Three things must be set for the numbers to be the same: lm-eval's add_bos_token
 begins with <|bos|> in training; max_length one less than the context, since lm-eval keeps one
 token more of a text that is too long; float32. And CORE scores an option by its mean loss over the
 tokens that differ between the options, which lm-eval has no metric for: where all options begin
-with the same tokens, the row is given to lm-eval a second time, cut there.
+with the same tokens, the row is given to lm-eval a second time, cut there. Where that is within a
+word the text cannot be cut so that the tokens stay the same: such rows are compared in everything
+but CORE's prediction ("core": "rows" counts the others).
 """
 
 from __future__ import annotations
@@ -94,6 +98,7 @@ class Row(NamedTuple):
     item: Item
     document: Item
     again: Item | None  # cut where CORE begins to score, if that is elsewhere
+    askable: bool  # False where CORE begins within a word, where no text can be cut
 
 
 @dataclass
@@ -125,7 +130,8 @@ def make_test(task: CoreTask, max_items: int, tokenizer: Any) -> Test:
         )
         same = ours == probes_of(tokenizer, pairs_of(cut))
         again = None if same else recut(tokenizer, task.kind, ours, item.get("gold", 0))
-        rows.append(Row(item, cut, again))
+        askable = again is None or ours == probes_of(tokenizer, pairs_of(again))
+        rows.append(Row(item, cut, again, askable))
     return Test(task, items, indices, rows)
 
 
@@ -190,7 +196,11 @@ def compare(test: Test, theirs: dict[str, Any], model: Any, tokenizer: Any) -> d
     lls = [(x, y) for a, b in pairs for x, y in zip(a["lls"], b["lls"])]
     chosen = [core_prediction(kind, b or a) for a, b in zip(found, recuts)]
     predicted = predict_task(test.task, test.items, test.indices, model, tokenizer)
-    golds = [gold(test.task, row.item) for row in test.rows]
+    answers = [
+        (p, c, gold(test.task, row.item))
+        for p, c, row in zip(predicted, chosen, test.rows)
+        if row.askable
+    ]
     limit = model.config.sequence_len
     return {
         "task": test.task.label,
@@ -205,10 +215,11 @@ def compare(test: Test, theirs: dict[str, Any], model: Any, tokenizer: Any) -> d
         "other_texts": sum(a["pairs"] != b["pairs"] for a, b in pairs),
         "other_tokens": sum((a["ids"], a["starts"]) != (b["ids"], b["starts"]) for a, b in pairs),
         "other_greedy": sum(a["greedy"] != b["greedy"] for a, b in pairs),
-        "other_predictions": sum(p != c for p, c in zip(predicted, chosen)),
+        "other_predictions": sum(p != c for p, c, _ in answers),
         "core": {
-            "ours": sum(p == g for p, g in zip(predicted, golds)) / len(golds),
-            "lm_eval": sum(c == g for c, g in zip(chosen, golds)) / len(golds),
+            "rows": len(answers),
+            "ours": sum(p == g for p, _, g in answers) / len(answers),
+            "lm_eval": sum(c == g for _, c, g in answers) / len(answers),
         },
         "metrics": {"ours": metrics_of(test, ours), "lm_eval": theirs[test.name]["metrics"]},
     }
