@@ -61,6 +61,8 @@ def test_good_conversations_come_back_as_they_are(messages: list[Any]) -> None:
             "message 1 (assistant) is empty",
         ),
         ({"messages": [USER, {"role": "assistant", "content": []}]}, "message 1 (assistant) is"),
+        ({"messages": [USER], "tools": "python"}, '"tools" must be a list of objects'),
+        ({"messages": [USER], "tools": ["python"]}, "found ['python']"),
     ],
 )
 def test_errors_name_the_place_and_what_was_found(value: Any, told: str) -> None:

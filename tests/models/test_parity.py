@@ -134,7 +134,7 @@ def test_decoding_prompts_of_many_lengths(arch: str, changes: dict[str, Any]) ->
 def test_torch_compile_takes_decoding_whole(arch: str) -> None:
     """fullgraph: a graph break anywhere is an error. A step is not compiled for its position: else
     every token would be."""
-    model = tiny_model(arch, n_layer=1)
+    model = tiny_model(arch, n_layer=1, sequence_len=64)
     idx = tokens_of(model, 2, 24)
     graphs: list[Any] = []
 
@@ -145,8 +145,8 @@ def test_torch_compile_takes_decoding_whole(arch: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     cache = KVCache(model.config.n_layer, batch=2)
-    pieces = [compiled(idx[:, :12], kv_cache=cache)]
+    pieces = [model(idx[:, :12], kv_cache=cache)]
     for i in range(12, 24):
         pieces.append(compiled(idx[:, i : i + 1], kv_cache=cache))
     assert_close(torch.cat(pieces, 1), model(idx))
-    assert len(graphs) <= 4  # the prompt, the first steps, all others
+    assert len(graphs) == 2  # the first step by its position, then one for any

@@ -55,6 +55,18 @@ def test_text_streams_while_it_grows() -> None:
     assert len([e for e in events if e[0] == "text"]) == len(steps) - 1  # all but the end token
 
 
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), tiny_qwen()], ids=["ours", "qwen"])
+@pytest.mark.parametrize("text", ["a\n\nb", "a\n", "\n", "\n\n\na\n\n"])
+def test_line_feeds_are_text_where_no_call_follows(tokenizer: Tokenizer, text: str) -> None:
+    """In ChatML a line feed stands before a call; it is held back until it is known to be text."""
+    reply = ReplyStream(tokenizer)
+    assert joined(feed_all(reply, script_of(tokenizer, text))) == [("text", text), ("end", "stop")]
+    assert reply.text == text
+    cut = ReplyStream(tokenizer)
+    steps = script_of(tokenizer, text)[:-1]
+    assert joined(feed_all(cut, steps) + cut.finish()) == [("text", text), ("end", "length")]
+
+
 def test_a_character_in_two_tokens_is_held_back_until_whole() -> None:
     tokenizer = tiny_tokenizer(265)  # bytes only: every character beyond ASCII is split
     reply = ReplyStream(tokenizer)
