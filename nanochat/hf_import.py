@@ -114,10 +114,8 @@ def import_model(
         f"rows of {config.sequence_len} tokens (--max_seq_len), of the {trained_len} it was made "
         f"for\ntokenizer {tokenizer_name}, {tokenizer.get_vocab_size():,} ids\nsaved {final}"
     )
-    follow = f"chat_sft --source=base --source_tag={tag}"
-    if stage != "base":
-        follow = f"chat_cli -i {stage} -g {tag}"
-    print0(f"go on with, for one: python -m scripts.{follow}")
+    sft, chat = f"chat_sft --source=base --source_tag={tag}", f"chat_cli -i {stage} -g {tag}"
+    print0(f"go on with, for one: python -m scripts.{sft if stage == 'base' else chat}")
     return final
 
 
