@@ -114,10 +114,8 @@ def import_model(
         f"rows of {config.sequence_len} tokens (--max_seq_len), of the {trained_len} it was made "
         f"for\ntokenizer {tokenizer_name}, {tokenizer.get_vocab_size():,} ids\nsaved {final}"
     )
-    follow = f"chat_sft --source=base --source_tag={tag}"
-    if stage != "base":
-        follow = f"chat_cli -i {stage} -g {tag}"
-    print0(f"go on with, for one: python -m scripts.{follow}")
+    sft, chat = f"chat_sft --source=base --source_tag={tag}", f"chat_cli -i {stage} -g {tag}"
+    print0(f"go on with, for one: python -m scripts.{sft if stage == 'base' else chat}")
     return final
 
 
@@ -217,13 +215,8 @@ def _open_safetensors(path: Path) -> list[Tensor]:
 
     def lazily(name: str) -> Tensor:
         header = file.get_slice(name)
-        dtype = header.get_dtype()
-        return Tensor(
-            name,
-            tuple(header.get_shape()),
-            TYPES.get(dtype, dtype),
-            lambda: file.get_tensor(name),
-        )
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        return Tensor(name, shape, TYPES.get(dtype, dtype), lambda: file.get_tensor(name))
 
     return [lazily(name) for name in names]
 
@@ -285,12 +278,12 @@ def check_tensors(found: Found) -> dict[str, torch.Tensor]:
     tied_twin = {"lm_head.weight"} if getattr(found.config, "tied", False) else set()
     missing = [to_hf_name(arch, name) for name in own if name not in found.tensors]
     extra = [t.theirs for name, t in found.tensors.items() if name not in {*own, *tied_twin}]
-    for names, what in ((missing, "lacks"), (extra, "has no place for")):
+    for names, what in ((missing, "it lacks"), (extra, "there is no place for")):
         if names:
-            subject = found.folder if what == "lacks" else arch
+            more = " and others" if len(names) > 5 else ""
             raise UserError(
-                f"{found.folder} is not the model that its config describes: {subject} {what} "
-                f"{', '.join(sorted(names)[:5])}" + (" and others" if len(names) > 5 else "")
+                f"{found.folder} is not the model that its config describes: {what} "
+                f"{', '.join(sorted(names)[:5])}{more}"
             )
     for name, tensor in found.tensors.items():
         wanted = tuple((own[name] if name in own else own["model.embed_tokens.weight"]).shape)
@@ -333,7 +326,7 @@ def _widened(tensor: Tensor) -> torch.Tensor:
 
 
 def _check_disk(final: Path, need: int) -> None:
-    """Before minutes of reading: the write itself would refuse, too."""
+    """Before minutes of reading; the write itself refuses, too."""
     base = get_base_dir()
     base.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(base).free
@@ -398,10 +391,7 @@ def _choose_stage(stage: str | None, found: Found, tokenizer: Tokenizer) -> tupl
     if found.stage is not None:
         return found.stage, f"it is in {found.folder.resolve().parent.name}"
     if not found.eos_token_ids:
-        raise UserError(
-            f"{found.folder} does not say what it was trained for; give --stage=base, mid, sft or "
-            "rl"
-        )
+        raise UserError(f"what is {found.folder}? Give --stage=base, mid, sft or rl")
     end = tokenizer.encode_special("<|assistant_end|>")
     name = next(n for n, id in tokenizer.vocabulary.specials.items() if id == end)
     if end != tokenizer.get_bos_token_id() and end in found.eos_token_ids:

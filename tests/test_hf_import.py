@@ -328,11 +328,11 @@ def test_old_checkpoints_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no tokenizer\.json .*--tokenizer"):
         import_model(str(tmp_path / "odd"))
     tokenizer_of("gpt").save(tmp_path / "odd")
-    with pytest.raises(UserError, match="give --stage=base, mid, sft or rl"):
+    with pytest.raises(UserError, match="Give --stage=base, mid, sft or rl"):
         import_model(str(tmp_path / "odd"))
     path = tmp_path / "odd" / "model_000650.pt"
     torch.save({**model.state_dict(), "resid_lambdas": torch.ones(3)}, path)
-    with pytest.raises(UserError, match="has no place for resid_lambdas"):
+    with pytest.raises(UserError, match="there is no place for resid_lambdas"):
         import_model(str(tmp_path / "odd"))
     torch.save({"weights": Path("anything but tensors")}, path)
     with pytest.raises(UserError, match=r"model_000650.pt is refused"):

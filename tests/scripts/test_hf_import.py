@@ -58,9 +58,14 @@ def meta_of(stage: str, tag: str, step: int = 1) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arch", ["qwen2.5", "gpt"])
-def test_every_training_stage_goes_on_from_it(arch: str) -> None:
+def test_every_training_stage_goes_on_from_it(
+    arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One step each, from the tag alone: shape, tokenizer and row length are the import's."""
     run_stage("base_train", *BASE, f"--source_tag={arch}")
+    capsys.readouterr()
+    run_stage("base_train", *BASE, f"--source_tag={arch}", "--resume")  # the same run, by its tag
+    assert "this run has ended already" in capsys.readouterr().out
     run_stage("mid_train", *CHAT, f"--source_tag={arch}")
     run_stage("chat_sft", *CHAT, "--source=mid", f"--source_tag={arch}")
     rl = [*RL_FLAGS, "--num_iterations=1", "--eval_examples=2", "--source=sft"]
