@@ -217,7 +217,7 @@ def _add_special_ids(writer: Any, tokenizer: Tokenizer, chat: bool) -> None:
 
 # Of bench/results/gguf.json, whose test compares: documents of the validation text that llama.cpp
 # encodes to other ids than we do, with NEAREST in the place of our pattern.
-MEASURED = {"documents": 1, "differ": 1}
+MEASURED = {"documents": 300, "differ": 166}
 
 
 def _say_what_differs(tokenizer: Tokenizer) -> None:
