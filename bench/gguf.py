@@ -34,6 +34,7 @@ from nanochat.common import UserError, print0, write_json
 from nanochat.dataset import iter_texts, split_files
 from nanochat.engine import Engine
 from nanochat.gguf import write_gguf
+from nanochat.hf_export import DTYPES
 from nanochat.models import QwenConfig, build_model
 from nanochat.tokenizer import Tokenizer, without_surrogates
 from nanochat.tokenizer_files import GPT2_PATTERN, GPT4_PATTERN, GPT4O_PATTERN, QWEN_PATTERN
@@ -175,6 +176,9 @@ def compare_model(
     long = (tokenizer.encode(text, prepend="<|bos|>") for text in texts)
     prompts = [ids[:PROMPT] for ids in long if len(ids) >= PROMPT][: args.prompts]
     chats = [conversation["messages"] for conversation in CONVERSATIONS]
+    with torch.no_grad():  # compared is the arithmetic: here with the values that the file has
+        for p in model.parameters():
+            p.copy_(p.to(DTYPES[dtype]) if p.ndim == 2 else p)
     theirs = ask(args, folder, task="run", prompts=prompts, tokens=TOKENS, chats=chats)
     rows, _ = Engine(model, tokenizer).generate_batch(prompts, max_tokens=TOKENS, temperature=0)
     with torch.inference_mode():
