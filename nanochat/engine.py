@@ -41,12 +41,16 @@ class KVCache:
         lengths = torch.tensor(self.lengths, device=self.device)
         return lengths[:, None] + torch.arange(T, device=self.device)
 
+    def end(self, T: int) -> int:
+        """One more than the last of these positions in any row."""
+        return max(self.lengths) + T
+
     def mask(self, T: int) -> Tensor | None:
         """(B, 1, T, S): True where a new token may look. None: all rows are empty, plain causal."""
         if max(self.lengths) == 0:
             return None
         if self._mask is None or self._mask[0] != T:
-            keys = torch.arange(max(self.lengths) + T, device=self.device)  # (S,)
+            keys = torch.arange(self.end(T), device=self.device)  # (S,)
             visible = keys <= self.positions(T)[:, :, None]  # (B, T, S)
             self._mask = (T, visible[:, None])
         return self._mask[1]
@@ -54,7 +58,7 @@ class KVCache:
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends (B, K, T, E) keys and values; returns all of them, (B, K, S, E)."""
         T = k.size(2)
-        end = max(self.lengths) + T
+        end = self.end(T)
         held = self.layers[layer]
         if held is None or held[0].size(2) < end:
             held = self.layers[layer] = self._grown(held, k, end)

@@ -206,7 +206,7 @@ def config_from_hf(data: dict[str, Any], where: str) -> Config:
         n_mlp=shape["intermediate_size"],
         tied=bool(data.get("tie_word_embeddings", False)),
         rope_theta=theta,
-        norm_eps=float(data.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(data.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
     )
 
 
@@ -242,16 +242,25 @@ def _rope_theta(data: dict[str, Any], where: str) -> float:
     """The rotary base; transformers 5 keeps it in rope_parameters, 4 beside rope_scaling."""
     thetas = [data["rope_theta"]] if data.get("rope_theta") is not None else []
     for key in ("rope_parameters", "rope_scaling"):
-        rope = dict(data.get(key) or {})
+        rope = data.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{where}: {key} is {rope!r} and must be an object")
         if rope.get("rope_theta") is not None:
             thetas.append(rope["rope_theta"])
         kind = rope.get("rope_type", rope.get("type", "default"))
-        odd = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
+        odd = set(rope) - {"rope_type", "type", "rope_theta"}
         if kind != "default" or odd:
             raise UserError(
                 f"{where}: {key} is {rope}; rotary positions that are scaled or partial "
                 "(rope_type other than default) cannot be imported"
             )
-    if len({float(theta) for theta in thetas}) > 1:
+    values = {_number(theta, "rope_theta", where) for theta in thetas}
+    if len(values) > 1:
         raise UserError(f"{where}: rope_theta has two values, {thetas}")
-    return float(thetas[0]) if thetas else 10_000.0  # transformers' own default
+    return values.pop() if values else 10_000.0  # transformers' own default
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if type(value) not in (int, float) or value <= 0:
+        raise UserError(f"{where}: {key} is {value!r} and must be a number above 0")
+    return float(value)

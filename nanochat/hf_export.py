@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,18 @@ def export_model(
     dtype: str = "bfloat16",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the folder `out`. `chat` says whether the model has learned conversations: its replies
     end at the end of a turn, and it gets a chat template; a base model's text ends with the token
-    between documents.
+    between documents. `also` writes the weights a second time, in another format, into the folder
+    that it is given.
 
     Raises UserError if `out` is in use, the disk too small, or a value not to be had in `dtype`."""
     out = out.resolve()  # "." too has a name, then
     check_target(out, overwrite)
     need = sum(p.numel() for p in model.state_dict().values()) * DTYPES[dtype].itemsize
+    need *= 1 if also is None else 2
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < need * 1.05 + 50e6:  # the tokenizer may take some megabytes
@@ -79,6 +83,8 @@ def export_model(
         write_tokenizer(tmp, tokenizer, chat, model.config.sequence_len)
         write_configs(tmp, model, tokenizer, chat, dtype)
         write_weights(tmp, model, dtype, max_shard_size)
+        if also is not None:
+            also(tmp)
         for path in [*tmp.iterdir(), tmp]:
             flush(path)
         _publish(tmp, out)
@@ -168,6 +174,10 @@ def write_configs(folder: Path, model: Any, tokenizer: Tokenizer, chat: bool, dt
     config = config_to_hf(model.config, stops[0], bos, dtype)
     if not keeps_tokenizer(model, tokenizer):
         config = with_own_tokenizer(config)
+        print0(
+            f"config.json: model_type is {config['model_type']}, Qwen2's computation under a name "
+            "of which transformers takes this tokenizer as it is"
+        )
     write_json(folder / "config.json", config)
     generation: dict[str, Any] = {
         "bos_token_id": bos,

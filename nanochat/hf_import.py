@@ -22,12 +22,21 @@ import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
+from nanochat.chat_format import QWEN_SYSTEM
 from nanochat.checkpoint import STAGE_FOLDERS, set_aside, step_dir, write_checkpoint
-from nanochat.common import UserError, atomic_write, get_base_dir, print0, read_json, write_json
+from nanochat.common import (
+    UserError,
+    atomic_write,
+    fingerprint,
+    get_base_dir,
+    print0,
+    read_json,
+    write_json,
+)
 from nanochat.hf import config_from_hf, from_hf_name, to_hf_name
 from nanochat.models import ARCHITECTURES, Config, arch_of, config_from_dict, config_to_dict
 from nanochat.tokenizer import Tokenizer, imported_dir
-from nanochat.tokenizer_files import read_vocabulary, tokenizer_json
+from nanochat.tokenizer_files import read_default_system, read_vocabulary, tokenizer_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # All that is ever read: no .bin, no code.
@@ -71,8 +80,10 @@ def import_model(
     """Imports a folder or hub id; returns the folder of our checkpoint. The flags' meaning is in
     scripts/hf_import.py. UserError, with nothing written, for whatever is not exactly our model."""
     folder, name = locate(where)
-    found = open_hugging_face(folder) if (folder / "config.json").exists() else open_old(folder)
+    found = open_checkpoint(folder)
     tag = tag or name
+    if Path(tag).name != tag:
+        raise UserError(f"--model_tag={tag} must be the name of a folder, without a path")
     shape = check_tensors(found)
     directory = Path(tokenizer_dir) if tokenizer_dir else found.tokenizer_dir
     tokenizer = _read_tokenizer(directory, found.config)
@@ -103,15 +114,19 @@ def import_model(
         f"rows of {config.sequence_len} tokens (--max_seq_len), of the {trained_len} it was made "
         f"for\ntokenizer {tokenizer_name}, {tokenizer.get_vocab_size():,} ids\nsaved {final}"
     )
+    follow = f"chat_sft --source=base --source_tag={tag}"
+    if stage != "base":
+        follow = f"chat_cli -i {stage} -g {tag}"
+    print0(f"go on with, for one: python -m scripts.{follow}")
     return final
 
 
 def locate(where: str) -> tuple[Path, str]:
     """(folder, its name) of --from: a folder of this machine, or a model of the hub, fetched."""
     path = Path(where).expanduser()
-    if path.is_dir():
+    if where and path.is_dir():
         return path, path.resolve().name
-    if path.exists() or not HUB_ID.fullmatch(where):
+    if path.is_file() or not HUB_ID.fullmatch(where):
         raise UserError(
             f"--from={where} is neither a folder nor a model of the hub (as in "
             "--from=Qwen/Qwen2.5-0.5B-Instruct)"
@@ -129,6 +144,14 @@ def locate(where: str) -> tuple[Path, str]:
 
 # -------------------------------------------------------------------------------------------------
 # Opening
+
+
+def open_checkpoint(folder: Path) -> Found:
+    """What a folder holds. An original checkpoint may have a config.json beside it on the hub."""
+    old = any(OLD_NAME.fullmatch(path.name) for path in folder.iterdir())
+    if not (folder / "config.json").exists() or (old and not any(folder.glob("*.safetensors"))):
+        return open_old(folder)
+    return open_hugging_face(folder)
 
 
 def open_hugging_face(folder: Path) -> Found:
@@ -174,7 +197,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
                 "read. transformers turns it into safetensors: from_pretrained, save_pretrained"
             )
         raise UserError(f"{folder} holds no model.safetensors and no {index.name}{hint}")
-    files = sorted(set(_read_dict(index).get("weight_map", {}).values()))
+    weight_map = _read_dict(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no weight_map")
+    files = sorted({str(name) for name in weight_map.values()})
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}, which {index.name} names; fetch it again")
@@ -328,7 +354,7 @@ def _read_tokenizer(directory: Path, config: Config) -> Tokenizer:
             f"{directory} holds no tokenizer.json and no tokenizer.pkl; give the folder of the "
             "model's tokenizer by --tokenizer"
         )
-    tokenizer = Tokenizer(read_vocabulary(directory))
+    tokenizer = Tokenizer(read_vocabulary(directory), read_default_system(directory))
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.get_vocab_size()} ids, and the model only "
@@ -340,25 +366,29 @@ def _read_tokenizer(directory: Path, config: Config) -> Tokenizer:
 
 def keep_tokenizer(tokenizer: Tokenizer, directory: Path, tag: str) -> str:
     """Copies the tokenizer into the base directory; returns the name by which get_tokenizer finds
-    it. One of that name that gives other ids stays: checkpoints may need it."""
+    it. Another one of that name stays: checkpoints may need it."""
     qwen = get_base_dir() / "tokenizer_qwen2.5"
-    if (qwen / "tokenizer.json").exists() and _same(qwen, tokenizer):
+    if (qwen / "tokenizer.json").exists() and _identity(qwen) == _identity(directory):
         return "qwen2.5"
     there = imported_dir(tag)
-    name = tag if there is None or _same(there, tokenizer) else f"{tag}-{tokenizer.fingerprint}"
-    path = get_base_dir() / "tokenizers" / name / "tokenizer.json"
-    if path.exists():
-        return name
-    if (directory / "tokenizer.json").exists():
-        with open(directory / "tokenizer.json", "rb") as source, atomic_write(path) as target:
-            shutil.copyfileobj(source, target)
-    else:
-        write_json(path, tokenizer_json(tokenizer.vocabulary))
+    taken = tag == "qwen2.5" or (there is not None and _identity(there) != _identity(directory))
+    name = f"{tag}-{_identity(directory)}" if taken else tag
+    folder = get_base_dir() / "tokenizers" / name
+    # tokenizer.json last, so that whoever finds it finds a complete folder
+    for file in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
+        if (directory / file).exists() and not (folder / file).exists():
+            with open(directory / file, "rb") as source, atomic_write(folder / file) as target:
+                shutil.copyfileobj(source, target)
+    if not (folder / "tokenizer.json").exists():
+        write_json(folder / "tokenizer.json", tokenizer_json(tokenizer.vocabulary))
     return name
 
 
-def _same(directory: Path, tokenizer: Tokenizer) -> bool:
-    return read_vocabulary(directory).fingerprint() == tokenizer.fingerprint
+def _identity(directory: Path) -> str:
+    """Stands for ids and the system prompt of conversations without one: Qwen's base and instruct
+    models have one vocabulary and two prompts."""
+    system = read_default_system(directory) or QWEN_SYSTEM
+    return fingerprint(read_vocabulary(directory).fingerprint(), system)
 
 
 def _choose_stage(stage: str | None, found: Found, tokenizer: Tokenizer) -> tuple[str, str]:

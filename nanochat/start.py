@@ -33,6 +33,7 @@ from nanochat.common import UserError, print0, warn0
 from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, TrainFlags
 from nanochat.models import Config, build_model, config_from_dict, config_to_dict
+from nanochat.retokenize import retrain_embeddings
 from nanochat.tokenizer import Tokenizer
 
 
@@ -62,31 +63,51 @@ def start_from(
     return Start(model, tokenizer, meta, folder.parent.name, _name(source, folder))
 
 
-def base_shape(tag: str) -> tuple[Config, str | None]:
-    """Continued pretraining: the config of the base model of that tag, and its tokenizer's name."""
-    folder = find_checkpoint("base", tag)
-    meta = read_meta(folder, check=False)  # load_base will look at gigabytes, and before it trains
-    return config_from_dict(meta["config"], str(folder)), meta["tokenizer"]
+def base_meta(tag: str) -> dict[str, Any]:
+    """Of the base model of that tag: what a run needs to know before it builds its own."""
+    # load_base will compare the files' hashes, which takes long, and before it trains
+    return read_meta(find_checkpoint("base", tag), check=False)
 
 
-def load_base(tag: str, model: Any, tokenizer: Tokenizer) -> str:
+def continued_config(meta: dict[str, Any], tokenizer: Tokenizer, sequence_len: int) -> Config:
+    """The shape of that base model, with rows of `sequence_len` tokens; for another tokenizer with
+    another vocabulary."""
+    config = config_from_dict(meta["config"])
+    same = tokenizer.fingerprint == meta["tokenizer_fingerprint"]
+    rows = config.vocab_size if same else tokenizer.get_vocab_size()
+    return replace(config, sequence_len=sequence_len, vocab_size=rows)
+
+
+def load_base(tag: str, model: Any, tokenizer: Tokenizer, new_tokenizer: bool = False) -> str:
     """Continued pretraining: fills `model` with the base weights of that tag; returns their name.
 
-    Only the row length may differ. UserError for another shape or another tokenizer."""
+    Only the row length may differ, and with `new_tokenizer` (--retrain_embeddings) the vocabulary.
+    UserError for another shape or another tokenizer."""
     folder = find_checkpoint("base", tag)
     meta = read_meta(folder)
-    if checkpoint_tokenizer(meta, folder).fingerprint != tokenizer.fingerprint:
+    old = checkpoint_tokenizer(meta, folder)
+    other = old.fingerprint != tokenizer.fingerprint
+    if other and not new_tokenizer:
         raise UserError(
-            f"--source_tag={tag}: {folder} was trained with --tokenizer={meta['tokenizer']}"
+            f"--source_tag={tag}: {folder} was trained with --tokenizer={meta['tokenizer']}. To go "
+            "on with another tokenizer, and new embeddings, say --retrain_embeddings"
         )
     there = config_from_dict(meta["config"], str(folder))
-    if replace(there, sequence_len=model.config.sequence_len) != model.config:
+    rows = model.config.vocab_size if other else there.vocab_size
+    if replace(there, sequence_len=model.config.sequence_len, vocab_size=rows) != model.config:
         raise UserError(
             f"--source_tag={tag}: {folder} holds {there}, but --arch and --depth ask for "
             f"{model.config}"
         )
-    load_weights(folder, model)
     print0(f"starting from {folder}")
+    if other:
+        source = build_model(there)
+        load_weights(folder, source)
+        print0(retrain_embeddings(source, old, model, tokenizer))
+    else:
+        load_weights(folder, model)
+        if new_tokenizer:
+            warn0("--retrain_embeddings: the tokenizer is the same, all rows are carried over")
     return _name("base", folder)
 
 

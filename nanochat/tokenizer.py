@@ -259,6 +259,10 @@ class Tokenizer:
         pieces = _cut_long_spaces(text)
         return [id for piece in pieces for id in self._encoding.encode_ordinary(piece)]
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of bytes as they stand, which need be no UTF-8 (a token may be half a character)."""
+        return self._encoding._encode_bytes(data)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens by their names. Bytes that are no UTF-8 (the first
         half of a character, say) become U+FFFD."""

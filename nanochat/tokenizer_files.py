@@ -34,10 +34,13 @@ def read_vocabulary(directory: str | Path) -> Vocabulary:
 
 
 def read_default_system(directory: str | Path) -> str | None:
-    """What the ChatML template of a folder's tokenizer_config.json says where a conversation has no
-    system message; None if there is none. Qwen2.5's base, instruct and math models differ in it."""
-    path = Path(directory) / "tokenizer_config.json"
+    """What a folder's ChatML template (chat_template.jinja, or in tokenizer_config.json) says where
+    a conversation has no system message; None if there is none. Qwen2.5's base, instruct and math
+    models differ in it."""
+    path, own_file = (Path(directory) / n for n in ("tokenizer_config.json", "chat_template.jinja"))
     template = read_json(path).get("chat_template") if path.exists() else None
+    if own_file.exists():  # where transformers 5 puts it
+        template = own_file.read_text(encoding="utf-8")
     found = isinstance(template, str) and _SYSTEM_LITERAL.search(template)
     return (
         ast.literal_eval(found[0]).split("\n", 1)[1].removesuffix("<|im_end|>\n") if found else None

@@ -12,10 +12,10 @@ is set. Checkpoints go to base_checkpoints/<tag>/, metrics to report/train_base_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nanochat import distributed, flags
-from nanochat.common import get_base_dir, print0
+from nanochat.common import UserError, get_base_dir, print0
 from nanochat.dataloader import RowReader, StepLoader, eval_batches
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
@@ -26,7 +26,7 @@ from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
 from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
-from nanochat.start import base_shape, load_base
+from nanochat.start import base_meta, continued_config, load_base
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import Trainer, autocast
@@ -55,6 +55,9 @@ class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     tokenizer: str | None = None
     """Default: that of --source_tag, else our own, from scripts.tok_train. Or qwen2.5, a name in
     tokenizers/, or a folder with a tokenizer.json."""
+    retrain_embeddings: bool = False
+    """Go on from --source_tag with another --tokenizer: rows of tokens that both have are carried
+    over, others begin with the mean of their pieces' rows."""
     data: str | None = None
     """Text: a file, folder or glob of parquet, jsonl(.gz, .zst) with `text`, or txt. Default:
     base_data/."""
@@ -85,11 +88,12 @@ def main(args: Args) -> None:
 
 
 def train(args: Args, info: distributed.DistInfo) -> None:
+    if args.retrain_embeddings and not args.source_tag:
+        raise UserError("--retrain_embeddings needs a --source_tag, whose embeddings to begin with")
     # What there is to learn from
-    source_config = None  # the shape to go on with
-    if args.source_tag:
-        source_config, tokenizer_name = base_shape(args.source_tag)
-        args.tokenizer = args.tokenizer or tokenizer_name
+    source_meta = base_meta(args.source_tag) if args.source_tag else None
+    if source_meta is not None and not args.retrain_embeddings:
+        args.tokenizer = args.tokenizer or source_meta["tokenizer"]
     tokenizer = get_tokenizer(args.tokenizer)
     bos = tokenizer.get_bos_token_id()
     files = split_files(args.data, args.val_data)
@@ -107,8 +111,8 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         ensure_bundle(bundle)  # missing data should be known before, not after hours of training
 
     # The model, its optimizer, and how long it trains
-    if source_config is not None and args.arch is None and args.depth is None:
-        config = replace(source_config, sequence_len=args.max_seq_len)
+    if source_meta is not None and args.arch is None and args.depth is None:
+        config = continued_config(source_meta, tokenizer, args.max_seq_len)
         default_tag = f"{args.source_tag}-cpt"  # continued pretraining, as the field has it
     else:
         args.arch = args.arch or "gpt"
@@ -120,7 +124,9 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
     )
     model = build_model(config, info.device, seed=args.seed)
-    started_from = load_base(args.source_tag, model, tokenizer) if args.source_tag else None
+    started_from = None
+    if args.source_tag:
+        started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay
     )

@@ -19,7 +19,7 @@ qwen2.5, since llama.cpp does not know ours. llama.cpp's own llama-quantize make
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,11 +62,26 @@ def main(args: Args) -> None:
         check_gguf(model, tokenizer)
     print0(f"exporting {args.source} {meta['tag']}, step {meta['step']}, as {args.dtype}")
     chat = args.source != "base"
-    card = model_card(args.source, meta, model, tokenizer, args.dtype, get_base_dir() / "report")
-    export_model(out, model, tokenizer, chat, card, args.dtype, args.max_shard_size, args.overwrite)
-    if args.gguf:
+    # An imported model's rows may have been cut shorter than what it is made for
+    if context := (meta.get("imported") or {}).get("max_position_embeddings"):
+        model.config = replace(model.config, sequence_len=context)
+
+    def write_also(folder: Path) -> None:
         name = f"{meta['tag']} ({args.source})"
-        write_gguf(out / "model.gguf", model, tokenizer, name, chat, args.dtype)
+        write_gguf(folder / "model.gguf", model, tokenizer, name, chat, args.dtype)
+
+    card = model_card(args.source, meta, model, tokenizer, args.dtype, get_base_dir() / "report")
+    export_model(
+        out,
+        model,
+        tokenizer,
+        chat,
+        card,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+        also=write_also if args.gguf else None,
+    )
     print0(f"wrote {out}; load it with AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 

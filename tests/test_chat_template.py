@@ -104,6 +104,14 @@ def test_many_random_conversations(pair: tuple[Tokenizer, Any]) -> None:
         assert_same(pair, system + turns[: len(turns) - rng.randrange(2)])
 
 
+def test_real_conversations(pair: tuple[Tokenizer, Any], shared_data: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = shared_data / "smoltalk_like" / "test-00000-of-00001.parquet"
+    for messages in pq.read_table(path)["messages"].to_pylist()[:60]:
+        assert_same(pair, [{key: m[key] for key in ("role", "content")} for m in messages])
+
+
 def test_the_seam_before_a_chatml_reply(pair: tuple[Tokenizer, Any]) -> None:
     """What the docstring of chat_template.py says of replies that open with white space."""
     tokenizer, twin = pair

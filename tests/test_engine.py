@@ -265,9 +265,9 @@ def test_rows_beyond_the_vocabulary_are_never_sampled(arch: str) -> None:
     head.weight[VOCAB:] *= 50.0
     whole = engine.model(torch.tensor([[1, 2, 3]]))[0, -1]
     assert int(whole.argmax()) >= VOCAB, "the head does not want them"
-    for temperature in (0.0, 1.0, 3.0):
+    for temperature, top_k in ((0.0, None), (1.0, None), (3.0, None), (1.0, 3), (1.0, ROWS)):
         sequences, _ = engine.generate_batch(
-            [1, 2, 3], num_samples=8, max_tokens=12, temperature=temperature
+            [1, 2, 3], num_samples=8, max_tokens=12, temperature=temperature, top_k=top_k
         )
         assert max(map(max, sequences)) < VOCAB
 

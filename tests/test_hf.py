@@ -111,6 +111,9 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2.5", {"num_key_value_heads": 3}, "num_key_value_heads=3"),
     ("qwen2.5", {"hidden_size": None}, "hidden_size is None"),
     ("qwen2.5", {"vocab_size": "96"}, "vocab_size is '96'"),
+    ("qwen2.5", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+    ("qwen2.5", {"rope_theta": None, "rope_parameters": {"rope_theta": -1}}, "rope_theta is -1"),
+    ("qwen2.5", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
     ("gpt", {"num_key_value_heads": 0}, "num_key_value_heads is 0"),
 ]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from nanochat import hf_export
+from nanochat.checkpoint import load_model
 from nanochat.common import UserError, read_json
 from nanochat.engine import Engine
 from nanochat.hf import config_from_hf, from_hf_name
 from nanochat.hf_export import export_model, stop_ids
+from nanochat.hf_import import import_model
 from nanochat.models import arch_of
 from nanochat.tokenizer import Tokenizer
 from nanochat.tokenizer_files import read_tokenizer_json
@@ -149,6 +153,53 @@ def test_every_tensor_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     # transformers would give a qwen2 model Qwen's tokenizer, whatever is in the folder
     twin = "seed_oss" if case == "qwen, untied, own tokenizer" else None
     assert config["model_type"] == (twin or {"gpt": "nanochat", "qwen2.5": "qwen2"}[arch])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_import_export_import_is_the_identity(
+    case: str, dtype: str, own_base_dir: Path, tmp_path: Path
+) -> None:
+    """From a folder that transformers itself wrote."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    export(tmp_path / "first", case, dtype=dtype)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    theirs = tmp_path / "theirs"
+    twin.save_pretrained(theirs, max_shard_size="50KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "first" / name, theirs / name)
+
+    import_model(str(theirs), "one", max_seq_len=32)
+    one, tokenizer, _ = load_model("sft", "cpu", "one")
+    assert one.config.sequence_len == 32
+    one.config = replace(one.config, sequence_len=128)  # as the script does
+    export_model(tmp_path / "ours", one, tokenizer, True, "# card", dtype)
+    import_model(str(tmp_path / "ours"), "two", max_seq_len=32)
+    two, again, _ = load_model("sft", "cpu", "two")
+
+    before, between = weights_of(theirs), weights_of(tmp_path / "ours")
+    assert before.keys() == between.keys()
+    bits = {"float32": torch.int32, "bfloat16": torch.int16}[dtype]
+    for name, tensor in before.items():
+        assert torch.equal(tensor.view(bits), between[name].view(bits)), name
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor.view(torch.int32), two.state_dict()[name].view(torch.int32)), name
+    assert replace(two.config, sequence_len=128) == one.config
+    assert again.fingerprint == tokenizer.fingerprint == make(case)[1].fingerprint
+    ours = read_json(tmp_path / "ours" / "config.json")
+    assert config_from_hf(ours, "") == config_from_hf(read_json(theirs / "config.json"), "")
+
+
+def test_the_default_system_prompt_comes_back(own_base_dir: Path, tmp_path: Path) -> None:
+    """It differs between the published models, and decides the ids of most conversations."""
+    model, plain = make("qwen, tied, padded rows")
+    tokenizer = Tokenizer(plain.vocabulary, "You're terse.\n")
+    export_model(tmp_path / "out", model, tokenizer, True, "")
+    import_model(str(tmp_path / "out"), "again")
+    _, again, _ = load_model("sft", "cpu", "again")
+    hello = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert again.render_conversation(hello) == tokenizer.render_conversation(hello)
+    assert again.default_system == "You're terse.\n"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

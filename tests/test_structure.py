@@ -37,7 +37,7 @@ FLOORS = {
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks", "text_source"], 2),
     "primer": 2.5,
-    **dict.fromkeys(["checkpoint", "engine", "hf"], 3),
+    **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
     **dict.fromkeys(["hf_export", "hf_import", "start"], 3.5),
     "gguf": 3.75,
     **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),

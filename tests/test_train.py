@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +33,7 @@ from tests.tiny_world import (
     torchrun,
     torchrun_command,
 )
+from tests.tokenizers_for_tests import big_qwen, tiny_qwen
 
 GOLDEN = Path(__file__).parent / "golden_loss.json"
 
@@ -169,6 +172,45 @@ def test_pretraining_goes_on_from_a_base_model(base: Path) -> None:
         assert torch.equal(longer.state_dict()[name], weight), name
     with pytest.raises(UserError, match=r"--source_tag=d2: .* --depth"):
         run_stage("base_train", *argv, "--depth=3")
+
+
+def test_a_vocabulary_that_two_bytes_cannot_hold(base: Path) -> None:
+    """--tokenizer=qwen2.5 from scratch, with more than 65,536 ids: they are kept in four bytes, the
+    model has a row for each, and the checkpoint says which tokenizer it was."""
+    tokenizer = big_qwen()
+    tokenizer.save(base / "tokenizer_qwen2.5")
+    before = set((base / "token_cache").rglob("*.bin"))
+    run_stage(
+        "base_train", *BASE_FLAGS, "--tokenizer=qwen2.5", "--arch=qwen2.5", "--depth=1",
+        "--num_iterations=1", "--total_batch_size=128", "--eval_tokens=128", "--model_tag=big",
+    )  # fmt: skip
+    model, loaded, meta = load_model("base", "cpu", "big")
+    assert model.config.vocab_size == tokenizer.get_vocab_size() == 256 + 65_536 + 5
+    assert (meta["tokenizer"], loaded.fingerprint) == ("qwen2.5", tokenizer.fingerprint)
+    cached = sorted(set((base / "token_cache").rglob("*.bin")) - before)
+    ids = np.concatenate([np.fromfile(path, np.uint32) for path in cached])
+    assert ids.max() == tokenizer.get_bos_token_id() > 65_535 and (ids > 255).mean() > 0.4
+
+
+def test_pretraining_goes_on_with_another_tokenizer(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_qwen().save(base / "other")
+    argv = [f"--tokenizer={base / 'other'}", "--source_tag=d2", "--model_tag=switched"]
+    still = ["--num_iterations=1", "--embedding_lr=0", "--unembedding_lr=0", "--matrix_lr=0"]
+    with pytest.raises(UserError, match="--retrain_embeddings"):
+        run_stage("base_train", *BASE_FLAGS, *argv, *still)
+    capsys.readouterr()
+    argv = [flag for flag in (*BASE_FLAGS, *argv) if not flag.startswith("--depth")]
+    run_stage("base_train", *argv, *still, "--retrain_embeddings")  # the shape is the source's
+    assert re.search(r"of 400 rows \d+ are carried over", capsys.readouterr().out)
+    old, new = (load_model("base", "cpu", tag)[0] for tag in ("d2", "switched"))
+    assert new.config.vocab_size == 400 != old.config.vocab_size
+    for name, weight in new.state_dict().items():
+        rows = slice(0, 256) if weight.size(0) == 400 else slice(None)  # 0 to 255 are the bytes
+        assert torch.equal(weight[rows], old.state_dict()[name][rows]), name
+    with pytest.raises(UserError, match="needs a --source_tag"):
+        run_stage("base_train", *BASE_FLAGS, "--retrain_embeddings")
 
 
 @pytest.mark.slow

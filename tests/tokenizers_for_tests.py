@@ -127,6 +127,16 @@ def tiny_qwen(vocab_size: int = 400) -> Tokenizer:
     return Tokenizer(Vocabulary(QWEN_PATTERN, ranks, specials, "NFC"))
 
 
+@functools.cache
+def big_qwen() -> Tokenizer:
+    """As many ids as two bytes cannot hold, in Qwen's manner: all bytes, and all pairs of bytes."""
+    pairs = (bytes(pair) for pair in itertools.product(range(256), repeat=2))
+    tokens = [*(bytes([b]) for b in range(256)), *pairs]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    specials = {name: len(ranks) + i for i, name in enumerate(QWEN_SPECIALS)}
+    return Tokenizer(Vocabulary(QWEN_PATTERN, ranks, specials, "NFC"))
+
+
 # ---- texts ---------------------------------------------------------------------------------------
 
 ODD_TEXTS = [

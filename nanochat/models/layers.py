@@ -19,6 +19,7 @@ class KVCacheLike(Protocol):
     """What attention needs of a key/value cache (engine.KVCache is the one we use)."""
 
     def positions(self, T: int) -> Tensor: ...  # (B, T): where the T new tokens of each row stand
+    def end(self, T: int) -> int: ...  # one more than the largest of them, known without a sync
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
     def mask(self, T: int) -> Tensor | None: ...  # (B, 1, T, S) True = visible; None = plain causal
     def advance(self, T: int) -> None: ...
@@ -63,15 +64,16 @@ class Rotary(nn.Module):
             angle = torch.outer(torch.arange(length, device=device).float(), inv_freq)  # (S, E/2)
             self.cos, self.sin = angle.cos(), angle.sin() * self.direction
 
-    def forward(self, T: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin, (B or 1, T, 1, E/2), of positions 0..T-1 or of a (B, T) table of positions.
+    def forward(self, T: int, cache: KVCacheLike | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B or 1, T, 1, E/2), of positions 0..T-1 or of the next T of a cache's rows.
 
         A longer text than ever seen makes the table grow, it does not fail."""
-        needed = T if positions is None else int(positions.max()) + 1
+        needed = T if cache is None else cache.end(T)
         if needed > self.cos.size(0):
             self.fill(max(needed, 2 * self.cos.size(0)))
-        if positions is None:
+        if cache is None:
             return self.cos[None, :T, None, :], self.sin[None, :T, None, :]
+        positions = cache.positions(T)  # (B, T)
         return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
 
 

@@ -183,7 +183,7 @@ class Qwen(nn.Module):
     def hidden(self, idx: Tensor, kv_cache: KVCacheLike | None = None) -> Tensor:
         """The trunk: (B, T) ids -> (B, T, D), normalised, ready for the head."""
         T = idx.size(1)
-        rotary = self.rotary(T, None if kv_cache is None else kv_cache.positions(T))
+        rotary = self.rotary(T, kv_cache)
         x = self.model.embed_tokens(idx)  # (B, T, D)
         for block in self.model.layers:
             x = block(x, rotary, kv_cache)

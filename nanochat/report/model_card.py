@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint import STAGE_FOLDERS, step_dir, weights_id
+from nanochat.hf_export import keeps_tokenizer
 from nanochat.report.card import base_section, evaluation_section, table
 from nanochat.report.runs import Row, read_rows
 from nanochat.tokenizer import Tokenizer
@@ -75,6 +76,15 @@ A reply in the history that begins with white space holding a line break may be 
 tokens than those the model wrote: `transformers` joins it to the line before.
 """
 
+NANOCHAT_CLASS = """\
+It is `NanoChatForCausalLM`, which `transformers` has since version 5.
+"""
+
+TWIN = """\
+Its architecture is Qwen2.5's. `config.json` calls it `seed_oss`, which is the same computation:
+of a model called `qwen2`, `transformers` 5 would cut text as Qwen does, not as this tokenizer.
+"""
+
 LICENCE = """\
 ## Licence
 
@@ -89,13 +99,18 @@ def model_card(
     """The card's text. `meta` is what load_model returns, `report` the folder of metrics files."""
     tag, step = meta["tag"], meta["step"]
     lines = [HEADER, f"# {tag} ({source}), step {step:,}", ""]
-    lines += [f"This is {KINDS[source]}. It was trained with nanochat.", ""]
+    done = "imported" if meta.get("imported") else "trained"
+    lines += [f"This is {KINDS[source]}. It was {done} with nanochat.", ""]
     lines += table(["", "value"], _shape(meta["config"], model, tokenizer, dtype))
     lines += _training(source, meta)
     about = (source, tag, step)
     lines += base_section(_rows(report / "base_eval.jsonl", about), [], tag)
     lines += evaluation_section(_rows(report / "chat_eval.jsonl", about), [], tag)
     lines += _usage(source != "base", tag, tokenizer)
+    if not keeps_tokenizer(model, tokenizer):
+        lines.append(TWIN)
+    elif meta["config"]["arch"] == "gpt":
+        lines.append(NANOCHAT_CLASS)
     return "\n".join([*lines, LICENCE])
 
 
@@ -128,7 +143,8 @@ def _training(source: str, meta: Row) -> list[str]:
         data = m.get("mixture") or (m.get("args") or {}).get("data")
         body.append([stage, m.get("step"), tokens, data, "; ".join(results)])
     lines = ["## Training", "", *table(["stage", "steps", "tokens", "data", "results"], body)]
-    if first := stages[-1][1].get("started_from"):
+    last = stages[-1][1]
+    if first := last.get("started_from") or (last.get("imported") or {}).get("from"):
         lines += [f"It began with: {first}.", ""]
     return lines
 

@@ -8,6 +8,8 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
+use rustc_hash::FxHashMap;
+
 use crate::Result;
 use crate::encode::Vocabulary;
 use crate::pack::{self, hash, pack_at};
@@ -87,15 +89,27 @@ impl<T: Id> Encoded<T> {
 
 /// What threads keep between two batches: their caches. Any number of callers may share it.
 #[derive(Debug, Default)]
-pub struct Caches(Mutex<Vec<Cache>>);
+pub struct Caches {
+    small: Kept<u16, 7>, // for vocabularies whose ids fit
+    large: Kept<u32, 3>,
+}
 
-impl Caches {
-    fn take(&self, bytes: usize) -> Cache {
+#[derive(Debug)]
+struct Kept<W, const KEPT: usize>(Mutex<Vec<Cache<W, KEPT>>>);
+
+impl<W, const KEPT: usize> Default for Kept<W, KEPT> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<W: Word, const KEPT: usize> Kept<W, KEPT> {
+    fn take(&self, bytes: usize, vocabulary: &Vocabulary) -> Cache<W, KEPT> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        kept.unwrap_or_default().for_text_of(bytes)
+        kept.unwrap_or_default().for_text_of(bytes, vocabulary)
     }
 
-    fn give(&self, cache: Cache) {
+    fn give(&self, cache: Cache<W, KEPT>) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(cache);
     }
 }
@@ -109,6 +123,21 @@ pub fn encode_batch<T: Id, S: AsRef<str> + Sync>(
     texts: &[S],
     prepend: Option<T>,
     caches: &Caches,
+    check: Check<'_>,
+) -> Result<Encoded<T>> {
+    if vocabulary.tokens().len() <= 1 << u16::BITS {
+        encode_with(vocabulary, splitter, texts, prepend, &caches.small, check)
+    } else {
+        encode_with(vocabulary, splitter, texts, prepend, &caches.large, check)
+    }
+}
+
+fn encode_with<T: Id, S: AsRef<str> + Sync, W: Word, const KEPT: usize>(
+    vocabulary: &Vocabulary,
+    splitter: Option<&Splitter>,
+    texts: &[S],
+    prepend: Option<T>,
+    caches: &Kept<W, KEPT>,
     check: Check<'_>,
 ) -> Result<Encoded<T>> {
     let bytes: usize = texts.iter().map(|text| text.as_ref().len()).sum();
@@ -126,7 +155,7 @@ pub fn encode_batch<T: Id, S: AsRef<str> + Sync>(
         .map(|_| {
             Ok(Worker {
                 splitter: splitter.map(Splitter::recompile).transpose()?,
-                cache: caches.take(bytes / threads),
+                cache: caches.take(bytes / threads, vocabulary),
                 ids: Vec::with_capacity(bytes / threads / BYTES_A_TOKEN + texts.len() / threads),
                 parts: Vec::new(),
             })
@@ -171,9 +200,9 @@ pub fn encode_batch<T: Id, S: AsRef<str> + Sync>(
 }
 
 /// What a thread works with.
-struct Worker<T> {
+struct Worker<T, W, const KEPT: usize> {
     splitter: Option<Splitter>,
-    cache: Cache,
+    cache: Cache<W, KEPT>,
     ids: Vec<T>,
     parts: Vec<(usize, Range<usize>)>, // segment and place in ids
 }
@@ -185,40 +214,87 @@ fn extend<T: Id>(ids: &mut Vec<T>, encode: impl FnOnce(&mut Vec<u32>)) {
     ids.extend(more.into_iter().map(T::of));
 }
 
+/// An id as a cache keeps it.
+trait Word: Copy + Default + Send + Into<u32> {
+    fn of(id: u32) -> Self;
+}
+
+impl Word for u16 {
+    fn of(id: u32) -> Self {
+        id as Self // only in caches of vocabularies that allow it
+    }
+}
+
+impl Word for u32 {
+    fn of(id: u32) -> Self {
+        id
+    }
+}
+
 /// What pieces became.
 ///
 /// A piece has a set of two places, found by its hash; a new one takes the place of the older. So
-/// the size is fixed and nothing is ever cleaned up.
-#[derive(Debug, Default)]
-struct Cache {
-    sets: Vec<Set>,
+/// the size is fixed and nothing is ever cleaned up. The few long pieces have a map of their own.
+#[derive(Debug)]
+struct Cache<W, const KEPT: usize> {
+    sets: Vec<Set<W, KEPT>>,
+    long: FxHashMap<Box<[u8]>, Box<[u32]>>,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+impl<W, const KEPT: usize> Default for Cache<W, KEPT> {
+    fn default() -> Self {
+        Self { sets: Vec::new(), long: FxHashMap::default() }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
 #[repr(align(64))] // one line of the processor's cache, in one piece
-struct Set([Entry; 2]);
+struct Set<W, const KEPT: usize>([Entry<W, KEPT>; 2]);
 
-#[derive(Debug, Clone, Copy, Default)]
-struct Entry {
+/// 32 bytes. Pieces of more than KEPT ids are not kept.
+#[derive(Debug, Clone, Copy)]
+struct Entry<W, const KEPT: usize> {
     piece: u128, // packed; 0 is no piece
-    ids: [u32; KEPT],
-    count: u32,
+    ids: [W; KEPT],
+    count: W,
 }
 
-/// Pieces of more ids are not kept.
-const KEPT: usize = 3;
+impl<W: Word, const KEPT: usize> Entry<W, KEPT> {
+    fn new(piece: u128, ids: &[u32]) -> Self {
+        let mut kept = [W::default(); KEPT];
+        kept.iter_mut().zip(ids).for_each(|(place, &id)| *place = W::of(id));
+        Self { piece, ids: kept, count: W::of(ids.len() as u32) }
+    }
+}
 
-impl Cache {
+impl<W: Word, const KEPT: usize> Cache<W, KEPT> {
     const SETS: usize = 1 << 19; // 32 MiB, room for the distinct pieces of a gigabyte of text
+    const LONG: usize = 1 << 16; // long pieces, after which it begins anew
+    const LONGEST: usize = 64; // longer ones hardly come again
 
     /// At least as large as is good for a text of so many bytes: for a single sentence, making a
     /// large cache would take longer than it saves.
-    fn for_text_of(mut self, bytes: usize) -> Self {
+    fn for_text_of(mut self, bytes: usize, vocabulary: &Vocabulary) -> Self {
         let sets = (bytes / 16).next_power_of_two().clamp(1, Self::SETS);
         if self.sets.len() < sets {
-            self.sets = vec![Set::default(); sets];
+            self.sets = vec![Set([Entry::new(0, &[]); 2]); sets];
+            // In a long text nearly all tokens come up. The first ones, which are the most
+            // frequent, are put in last.
+            if sets == Self::SETS {
+                for (token, id) in vocabulary.pieces().rev() {
+                    if token.len() <= pack::LONGEST {
+                        let key = pack::pack(token);
+                        self.keep(hash(key) as usize & (sets - 1), Entry::new(key, &[id]));
+                    }
+                }
+            }
         }
         self
+    }
+
+    fn keep(&mut self, place: usize, entry: Entry<W, KEPT>) {
+        let Set(set) = &mut self.sets[place];
+        *set = [entry, set[0]];
     }
 
     /// Appends the ids of some pieces of a text.
@@ -230,48 +306,68 @@ impl Cache {
         pieces: &[(usize, usize)],
         ids: &mut Vec<T>,
     ) {
-        // The sets are scattered over the memory. Asked for together, they come together, in about
-        // the time that one of them would take.
-        let mut packed = [(0, 0); BATCH];
+        let (mut keys, mut places) = ([0; BATCH], [0; BATCH]);
         let mask = self.sets.len() - 1;
-        let mut asked = 0;
-        for (packed, &(start, end)) in packed.iter_mut().zip(pieces) {
+        for ((key, place), &(start, end)) in keys.iter_mut().zip(&mut places).zip(pieces) {
             if end - start <= pack::LONGEST {
-                let key = pack_at(text, start, end);
-                let place = hash(key) as usize & mask;
-                asked ^= self.sets[place].0[0].count;
-                *packed = (key, place);
+                *key = pack_at(text, start, end);
+                *place = hash(*key) as usize & mask;
             }
         }
-        black_box(asked);
+        // The sets are scattered over the memory. Asked for together, in a loop of nothing else,
+        // they come together, in about the time that one of them would take.
+        let counts = places.iter().map(|&place| self.sets[place].0[0].count);
+        black_box(counts.fold(0, |sum: u32, count| sum ^ count.into()));
 
         // Every piece writes KEPT ids and the next one over those that are too many: no branch on
         // their number.
-        let mut buffer = [T::default(); BATCH * KEPT + KEPT];
+        let mut buffer = [[T::default(); KEPT]; BATCH + 1];
+        let buffer = buffer.as_flattened_mut();
         let mut n = 0;
         let mut slow = Vec::new();
-        for (&(key, place), &(start, end)) in packed.iter().zip(pieces) {
-            let Set(set) = &mut self.sets[place];
-            let mut entry = if set[0].piece == key { set[0] } else { set[1] };
-            if key == 0 || entry.piece != key {
+        for ((&key, &place), &(start, end)) in keys.iter().zip(&places).zip(pieces) {
+            if key == 0 {
+                ids.extend_from_slice(&buffer[..n]);
+                n = 0;
+                self.encode_long(vocabulary, &text[start..end], ids);
+                continue;
+            }
+            let Set(set) = &self.sets[place];
+            let mut entry = set[usize::from(set[0].piece != key)];
+            if entry.piece != key {
                 slow.clear();
                 vocabulary.encode_piece(&text[start..end], &mut slow);
-                if key == 0 || slow.len() > KEPT {
+                if slow.len() > KEPT {
                     ids.extend_from_slice(&buffer[..n]);
                     n = 0;
                     ids.extend(slow.iter().map(|&id| T::of(id)));
                     continue;
                 }
-                (entry.piece, entry.count) = (key, slow.len() as u32);
-                entry.ids[..slow.len()].copy_from_slice(&slow);
-                *set = [entry, set[0]];
+                entry = Entry::new(key, &slow);
+                self.keep(place, entry);
             }
             for (place, id) in buffer[n..n + KEPT].iter_mut().zip(entry.ids) {
-                *place = T::of(id);
+                *place = T::of(id.into());
             }
-            n += entry.count as usize;
+            n += entry.count.into() as usize;
         }
         ids.extend_from_slice(&buffer[..n]);
+    }
+
+    fn encode_long<T: Id>(&mut self, vocabulary: &Vocabulary, piece: &[u8], ids: &mut Vec<T>) {
+        if let Some(kept) = self.long.get(piece) {
+            ids.extend(kept.iter().map(|&id| T::of(id)));
+            return;
+        }
+        let mut made = Vec::new();
+        vocabulary.encode_piece(piece, &mut made);
+        ids.extend(made.iter().map(|&id| T::of(id)));
+        if piece.len() <= Self::LONGEST {
+            if self.long.len() == Self::LONG {
+                self.long.clear();
+            }
+            self.long.insert(piece.into(), made.into());
+        }
     }
 }
 
@@ -303,23 +399,28 @@ mod tests {
 
     #[test]
     fn the_cache_changes_nothing() {
-        let vocabulary = vocabulary(&[("abababcabcaabbccabacaba", 1), ("cabbage", 2)], 300);
+        let merged = vocabulary(&[("abababcabcaabbccabacaba", 1), ("cabbage", 2)], 300);
+        // By ranks, so that a large cache begins with the tokens; "bca" is one that no merge makes.
+        let ranks = crate::encode::tests::ranks(&["ab", "abc", "cé", "abcé", "bca", "aa", "aaaa"]);
+        let ranked = Vocabulary::from_ranks(ranks).unwrap();
         let letters = ['a', 'b', 'c', 'é'];
         let mut random = crate::random(9);
-        for entries in [1, 64, 1 << 20] {
-            let mut cache = Cache::default().for_text_of(entries);
-            let (mut cached, mut plain): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
-            for _ in 0..200 {
-                let (mut text, mut pieces) = (String::new(), Vec::new());
-                for _ in 0..random(BATCH as u64) {
-                    let start = text.len();
-                    (0..1 + random(20)).for_each(|_| text.push(letters[random(4) as usize]));
-                    pieces.push((start, text.len()));
-                    vocabulary.encode_piece(&text.as_bytes()[start..], &mut plain);
+        for vocabulary in [&merged, &ranked] {
+            for entries in [1, 64, Cache::<u16, 3>::SETS] {
+                let mut cache = Cache::<u16, 3>::default().for_text_of(16 * entries, vocabulary);
+                let (mut cached, mut plain): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
+                for _ in 0..200 {
+                    let (mut text, mut pieces) = (String::new(), Vec::new());
+                    for _ in 0..random(BATCH as u64) {
+                        let start = text.len();
+                        (0..1 + random(20)).for_each(|_| text.push(letters[random(4) as usize]));
+                        pieces.push((start, text.len()));
+                        vocabulary.encode_piece(&text.as_bytes()[start..], &mut plain);
+                    }
+                    cache.encode(vocabulary, text.as_bytes(), &pieces, &mut cached);
                 }
-                cache.encode(&vocabulary, text.as_bytes(), &pieces, &mut cached);
+                assert_eq!(cached, plain);
             }
-            assert_eq!(cached, plain);
         }
     }
 

@@ -9,14 +9,12 @@ use std::collections::BinaryHeap;
 use rustc_hash::FxHashMap;
 
 use crate::pack::{self, pack};
+use crate::pairs::{MAX_TOKENS, NEVER, PairTable};
 use crate::train::Pair;
 use crate::{Error, FIRST_MERGE_ID, Result};
 
 /// Pieces up to this many bytes are merged by plain scanning, quadratic but without any set-up.
 const SHORT: usize = 64;
-
-/// "This pair has no merge": later than every merge.
-const NEVER: u32 = u32::MAX;
 
 /// The tokens and what they are made of.
 #[derive(Debug, Clone)]
@@ -25,7 +23,8 @@ pub struct Vocabulary {
     tokens: Vec<Box<[u8]>>, // id -> bytes
     bytes: [u32; 256],      // byte -> id
     byte_pairs: Box<[u32]>, // (byte, byte) -> id of the merge or NEVER: half of all look-ups
-    whole: Whole,           // bytes -> id; empty if only merges decide
+    whole: Whole,           // bytes -> id of the tokens that no merges make; mostly there are none
+    by_ranks: bool,         // whether a piece that is a token is that token, whatever merges make
 }
 
 impl Default for Vocabulary {
@@ -33,7 +32,7 @@ impl Default for Vocabulary {
     fn default() -> Self {
         let tokens = (0..=u8::MAX).map(|byte| [byte].into()).collect();
         let bytes = std::array::from_fn(|byte| byte as u32);
-        Self::made_of(FxHashMap::default(), tokens, bytes, Whole::default())
+        Self::made_of(FxHashMap::default(), tokens, bytes)
     }
 }
 
@@ -47,7 +46,7 @@ impl Vocabulary {
             made.tokens.push([&a[..], &b[..]].concat().into());
         }
         let merged = merges.iter().copied().zip(FIRST_MERGE_ID..).collect();
-        Some(Self::made_of(merged, made.tokens, made.bytes, made.whole))
+        Some(Self::made_of(merged, made.tokens, made.bytes))
     }
 
     /// The vocabulary in which any two tokens merge whose bytes together are a token, the one of
@@ -81,30 +80,33 @@ impl Vocabulary {
             bytes[byte as usize] = whole.get(&[byte]).ok_or(Error::NoByte { byte })?;
         }
         let mut merged = FxHashMap::default();
-        for (id, token) in tokens.iter().enumerate() {
-            for cut in 1..token.len() {
-                if let (Some(a), Some(b)) = (whole.get(&token[..cut]), whole.get(&token[cut..])) {
-                    merged.insert((a, b), id as u32);
-                }
+        let mut unmade = Whole::default();
+        for (token, id) in tokens.iter().zip(0..) {
+            if let Some(pair) = last_pair(token, &whole) {
+                merged.insert(pair, id);
+            } else if token.len() > 1 {
+                unmade.insert(token, id);
             }
         }
-        Ok(Self::made_of(merged, tokens, bytes, whole))
+        Ok(Self { whole: unmade, by_ranks: true, ..Self::made_of(merged, tokens, bytes) })
     }
 
-    fn made_of(
-        merged: FxHashMap<Pair, u32>,
-        tokens: Vec<Box<[u8]>>,
-        bytes: [u32; 256],
-        whole: Whole,
-    ) -> Self {
+    fn made_of(merged: FxHashMap<Pair, u32>, tokens: Vec<Box<[u8]>>, bytes: [u32; 256]) -> Self {
         let pairs = bytes.iter().flat_map(|&a| bytes.iter().map(move |&b| (a, b)));
         let byte_pairs = pairs.map(|pair| merged.get(&pair).copied().unwrap_or(NEVER)).collect();
-        Self { merged: PairTable::new(&merged), tokens, bytes, byte_pairs, whole }
+        let (merged, whole) = (PairTable::new(&merged), Whole::default());
+        Self { merged, tokens, bytes, byte_pairs, whole, by_ranks: false }
     }
 
     /// The bytes of every token, by id.
     pub fn tokens(&self) -> &[Box<[u8]>] {
         &self.tokens
+    }
+
+    /// Pieces that are known to be one token, and that token: none, or all tokens.
+    pub fn pieces(&self) -> impl DoubleEndedIterator<Item = (&[u8], u32)> {
+        let known = if self.by_ranks { &self.tokens[..] } else { &[] };
+        known.iter().enumerate().map(|(id, token)| (&token[..], id as u32))
     }
 
     /// The bytes of `ids`, joined. They need not be valid UTF-8.
@@ -123,7 +125,9 @@ impl Vocabulary {
 
     /// Appends the ids of one piece, in which every merge that applies is made.
     pub fn encode_piece(&self, piece: &[u8], ids: &mut Vec<u32>) {
-        if let Some(id) = self.whole.get(piece) {
+        if !self.whole.is_empty()
+            && let Some(id) = self.whole.get(piece)
+        {
             ids.push(id);
         } else if piece.len() <= SHORT {
             self.merge_short(piece, ids);
@@ -137,39 +141,51 @@ impl Vocabulary {
         self.byte_pairs[usize::from(a) << 8 | usize::from(b)]
     }
 
-    /// Finds the earliest merge by looking at all pairs each time.
+    /// Finds the earliest merge by looking at all pairs each time. Nothing is moved: a token stays
+    /// where its first byte stood, and its neighbours are linked.
     fn merge_short(&self, piece: &[u8], ids: &mut Vec<u32>) {
-        let mut tokens = [0; SHORT];
-        let mut ranks = [NEVER; SHORT]; // of the pair that begins here
-        let mut n = piece.len();
+        // A pair's rank and below it its place, so that the smallest number is the earliest merge,
+        // of equals the leftmost. Signed, since processors find the smallest of those fastest.
+        const NONE: i32 = i32::MAX;
+        const PLACE: u32 = SHORT.trailing_zeros();
+        let offer = |rank, i| if rank == NEVER { NONE } else { (rank << PLACE) as i32 | i as i32 };
+        let n = piece.len();
+        let (mut tokens, mut offers) = ([0; SHORT], [NONE; SHORT]);
+        let mut next: [u8; SHORT] = std::array::from_fn(|i| i as u8 + 1);
+        let mut previous: [u8; SHORT] = std::array::from_fn(|i| i.saturating_sub(1) as u8);
         for (token, &byte) in tokens.iter_mut().zip(piece) {
             *token = self.bytes[byte as usize];
         }
-        for (rank, pair) in ranks.iter_mut().zip(piece.windows(2)) {
-            *rank = self.byte_rank(pair[0], pair[1]);
+        for (i, pair) in piece.windows(2).enumerate() {
+            offers[i] = offer(self.byte_rank(pair[0], pair[1]), i);
         }
+        let all = n.next_multiple_of(16).min(SHORT); // whole registers
         loop {
-            // The minimum's first place: the leftmost of equal pairs.
-            let (mut i, mut rank) = (0, NEVER);
-            for (k, &other) in ranks[..n].iter().enumerate() {
-                if other < rank {
-                    (i, rank) = (k, other);
-                }
-            }
-            if rank == NEVER {
+            let first = offers[..all].iter().fold(NONE, |first, &other| first.min(other));
+            if first == NONE {
                 break;
             }
-            tokens.copy_within(i + 2..n, i + 1);
-            ranks.copy_within(i + 2..n, i + 1);
-            n -= 1;
-            ranks[n] = NEVER;
+            let (rank, i) = (first as u32 >> PLACE, first as usize % SHORT);
+            let j = next[i] as usize;
+            let after = next[j] as usize;
             tokens[i] = rank;
-            ranks[i] = if i + 1 < n { self.merged.get(rank, tokens[i + 1]) } else { NEVER };
+            offers[j] = NONE; // no token begins here any more
+            next[i] = after as u8;
+            offers[i] = NONE;
+            if after < n {
+                previous[after] = i as u8;
+                offers[i] = offer(self.merged.get(rank, tokens[after]), i);
+            }
             if i > 0 {
-                ranks[i - 1] = self.merged.get(tokens[i - 1], rank);
+                let before = previous[i] as usize;
+                offers[before] = offer(self.merged.get(tokens[before], rank), before);
             }
         }
-        ids.extend_from_slice(&tokens[..n]);
+        let mut i = 0;
+        while i < n {
+            ids.push(tokens[i]);
+            i = next[i] as usize;
+        }
     }
 
     /// The same by a heap of the possible merges and a linked list of the tokens: n log n, so a
@@ -214,6 +230,30 @@ impl Vocabulary {
     }
 }
 
+/// The two tokens whose merge makes `token`; None if merges never make it.
+///
+/// There is one such pair at most, wherever the token's bytes stand: what is merged inside of them
+/// does not depend on what is around, as long as nothing merges across their ends. So the table of
+/// pairs has one row for a token, although many have several pairs that spell them.
+fn last_pair(token: &[u8], whole: &Whole) -> Option<Pair> {
+    let rank = |from: usize, to: usize| whole.get(&token[from..to]).unwrap_or(NEVER);
+    let mut cuts: Vec<usize> = (0..=token.len()).collect();
+    let mut ranks: Vec<u32> = (2..=token.len()).map(|end| rank(end - 2, end)).collect();
+    while cuts.len() > 3 {
+        let (i, _) = ranks.iter().enumerate().min_by_key(|(_, rank)| **rank)?; // the leftmost
+        if ranks[i] == NEVER {
+            return None;
+        }
+        cuts.remove(i + 1);
+        ranks.remove(i);
+        for k in i.saturating_sub(1)..(i + 1).min(ranks.len()) {
+            ranks[k] = rank(cuts[k], cuts[k + 2]);
+        }
+    }
+    let [start, cut, end] = cuts.try_into().ok()?; // a single byte is of no pair
+    Some((rank(start, cut), rank(cut, end)))
+}
+
 /// Tokens by their bytes. Short ones are found without following a pointer.
 #[derive(Debug, Clone, Default)]
 struct Whole {
@@ -229,67 +269,14 @@ impl Whole {
         }
     }
 
+    fn is_empty(&self) -> bool {
+        self.short.is_empty() && self.long.is_empty()
+    }
+
     fn get(&self, token: &[u8]) -> Option<u32> {
         match token.len() {
             1..=pack::LONGEST => self.short.get(&pack(token)).copied(),
             _ => self.long.get(token).copied(),
-        }
-    }
-}
-
-/// Pairs and the ids they merge into: open addressing, a number for each.
-#[derive(Debug, Clone)]
-struct PairTable {
-    slots: Vec<u64>, // a power of two of them, at most half in use; see slot()
-    shift: u32,
-}
-
-/// Ids have to be below this.
-pub const MAX_TOKENS: usize = 1 << ID_BITS;
-const ID_BITS: u32 = 21;
-
-impl PairTable {
-    const FREE: u64 = u64::MAX;
-
-    fn new(pairs: &FxHashMap<Pair, u32>) -> Self {
-        let size = (pairs.len() * 2 + 1).next_power_of_two();
-        let mut table = Self { slots: vec![Self::FREE; size], shift: 64 - size.trailing_zeros() };
-        for (&(a, b), &id) in pairs {
-            let key = Self::key(a, b);
-            let mut place = table.place(key);
-            while table.slots[place] != Self::FREE {
-                place = (place + 1) & (size - 1);
-            }
-            table.slots[place] = key << ID_BITS | u64::from(id);
-        }
-        table
-    }
-
-    #[inline]
-    fn key(a: u32, b: u32) -> u64 {
-        u64::from(a) << ID_BITS | u64::from(b)
-    }
-
-    #[inline]
-    fn place(&self, key: u64) -> usize {
-        // Shifting by 64 is not allowed; a table of one slot has only the place 0.
-        key.wrapping_mul(0x9e37_79b9_7f4a_7c15).checked_shr(self.shift).unwrap_or(0) as usize
-    }
-
-    /// The id that the pair merges into, or [`NEVER`].
-    #[inline]
-    fn get(&self, a: u32, b: u32) -> u32 {
-        let key = Self::key(a, b);
-        let mut place = self.place(key);
-        loop {
-            let slot = self.slots[place];
-            if slot >> ID_BITS == key {
-                return slot as u32 & (MAX_TOKENS as u32 - 1);
-            }
-            if slot == Self::FREE {
-                return NEVER;
-            }
-            place = (place + 1) & (self.slots.len() - 1);
         }
     }
 }
@@ -309,11 +296,7 @@ pub mod tests {
 
     /// Merges in the order of learning, one full pass over the piece for each merge there is.
     fn encode_slowly(vocabulary: &Vocabulary, piece: &[u8]) -> Vec<u32> {
-        let slots = vocabulary.merged.slots.iter().filter(|&&slot| slot != PairTable::FREE);
-        let low = |bits: u64| bits as u32 % MAX_TOKENS as u32;
-        let mut merges: Vec<(u32, Pair)> = slots
-            .map(|slot| (low(*slot), (low(slot >> (2 * ID_BITS)), low(slot >> ID_BITS))))
-            .collect();
+        let mut merges: Vec<(u32, Pair)> = vocabulary.merged.rows().collect();
         merges.sort_unstable();
         let mut ids: Vec<u32> = piece.iter().map(|&byte| u32::from(byte)).collect();
         for (id, pair) in merges {
@@ -382,7 +365,7 @@ pub mod tests {
     }
 
     /// Every byte, and some tokens more, with the bytes in another order than their values.
-    fn ranks(more: &[&str]) -> Vec<(Vec<u8>, u32)> {
+    pub fn ranks(more: &[&str]) -> Vec<(Vec<u8>, u32)> {
         let bytes = (0..=u8::MAX).rev().map(|byte| vec![byte]);
         let more = more.iter().map(|token| token.as_bytes().to_vec());
         bytes.chain(more).zip(0..).collect()
@@ -402,6 +385,48 @@ pub mod tests {
         assert_eq!(encode("xyz"), [259]); // a piece that is a token is that token
         assert_eq!(encode("xyzx").len(), 4);
         assert_eq!(vocabulary.decode(&encode("xabcx")).unwrap(), b"xabcx");
+    }
+
+    /// tiktoken's rule to the letter: any neighbours that spell a token, the lowest id first.
+    fn encode_by_ranks(ranks: &FxHashMap<Vec<u8>, u32>, piece: &[u8]) -> Vec<u32> {
+        let id = |bytes: &[u8]| ranks.get(bytes).copied();
+        if let Some(id) = id(piece) {
+            return vec![id];
+        }
+        let mut parts: Vec<Vec<u8>> = piece.iter().map(|&byte| vec![byte]).collect();
+        while let Some((_, i)) = (parts.windows(2).enumerate())
+            .filter_map(|(i, pair)| id(&pair.concat()).map(|id| (id, i)))
+            .min()
+        {
+            let second = parts.remove(i + 1);
+            parts[i].extend(second);
+        }
+        parts.iter().map(|part| id(part).unwrap()).collect()
+    }
+
+    #[test]
+    fn any_ranks_whatever_encode_by_the_rule() {
+        let mut random = crate::random(3);
+        for _ in 0..25 {
+            // Words in no order and with parts that may be missing: no training gives such ranks.
+            let mut word = |longest: u64| -> Vec<u8> {
+                (0..2 + random(longest - 1)).map(|_| b'a' + random(2) as u8).collect()
+            };
+            let mut words: Vec<Vec<u8>> = (0..25).map(|_| word(7)).collect();
+            let pieces: Vec<Vec<u8>> = (0..40).map(|_| word(90)).collect();
+            let mut seen = rustc_hash::FxHashSet::default();
+            words.retain(|word| seen.insert(word.clone()));
+            let words: Vec<&str> = words.iter().map(|w| str::from_utf8(w).unwrap()).collect();
+            let ranks = ranks(&words);
+            let vocabulary = Vocabulary::from_ranks(ranks.clone()).unwrap();
+            let ranks = ranks.into_iter().collect();
+            for piece in pieces.iter().map(Vec::as_slice).chain(words.iter().map(|w| w.as_bytes()))
+            {
+                let mut ids = Vec::new();
+                vocabulary.encode_piece(piece, &mut ids);
+                assert_eq!(ids, encode_by_ranks(&ranks, piece), "{words:?} {piece:?}");
+            }
+        }
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //! 2. [`count`]: equal pieces are counted once, in parallel. A corpus of gigabytes becomes a few
 //!    million distinct pieces, and everything after works on those.
 //! 3. [`train`]: the most frequent pair of adjacent tokens is merged, again and again.
-//! 4. [`encode`]: the learned merges turn a piece into token ids and back, [`batch`] many texts.
+//! 4. [`encode`]: the learned merges ([`pairs`]) turn a piece into token ids and back, [`batch`]
+//!    many texts.
 //!
 //! [`parallel`] holds the one threading primitive the steps share, [`pack`] a way to write short
 //! pieces as numbers. None of these files knows of Python; the bindings are `py.rs` and `texts.rs`,
@@ -19,6 +20,7 @@ pub mod block;
 pub mod count;
 pub mod encode;
 pub mod pack;
+pub mod pairs;
 pub mod parallel;
 pub mod scan;
 pub mod split;

@@ -11,7 +11,8 @@ use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 
 use crate::batch::{Caches, Encoded, Id, encode_batch};
 use crate::count::Counter;
-use crate::encode::{MAX_TOKENS, Vocabulary};
+use crate::encode::Vocabulary;
+use crate::pairs::MAX_TOKENS;
 use crate::parallel;
 use crate::split::Splitter;
 use crate::texts::{self, Texts, is_arrow, item, iterate, repaired, whole};

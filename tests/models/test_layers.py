@@ -5,6 +5,7 @@ The shared leaves against plain loops: norm, rotary positions, attention, the lo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,23 @@ def table(head_dim: int, theta: float, length: int, direction: int = 1) -> Rotar
     return rotary
 
 
+class At:
+    """As much of a cache as the rotary table asks for: (B, T) positions."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self.table = positions
+
+    def positions(self, T: int) -> Tensor:
+        return self.table
+
+    def end(self, T: int) -> int:
+        return int(self.table.max()) + 1
+
+
+def at(positions: Tensor) -> Any:
+    return At(positions)
+
+
 # ---- norm ----------------------------------------------------------------------------------------
 
 
@@ -51,7 +69,7 @@ def test_rotary_turns_each_pair_of_channels(direction: int) -> None:
     """Channel i and its partner i + E/2 are one complex number, turned by position * frequency."""
     E, theta = 6, 100.0
     x = random(1, 5, 2, E)  # (B, T, H, E)
-    y = apply_rotary(x, *table(E, theta, 5, direction)(5, None))
+    y = apply_rotary(x, *table(E, theta, 5, direction)(5))
     for t in range(5):
         for i in range(E // 2):
             angle = torch.tensor(direction * t * theta ** (-2 * i / E))
@@ -67,8 +85,8 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
     q, k = random(1, 1, 1, 8), random(1, 1, 1, 8, seed=1)
 
     def score(q_at: int, k_at: int) -> float:
-        turned_q = apply_rotary(q, *rotary(1, torch.tensor([[q_at]])))
-        turned_k = apply_rotary(k, *rotary(1, torch.tensor([[k_at]])))
+        turned_q = apply_rotary(q, *rotary(1, at(torch.tensor([[q_at]]))))
+        turned_k = apply_rotary(k, *rotary(1, at(torch.tensor([[k_at]]))))
         return float((turned_q * turned_k).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
@@ -78,9 +96,9 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
 def test_rotary_positions_of_their_own_for_each_row() -> None:
     rotary = table(4, 10_000.0, 32)
     positions = torch.tensor([[0, 1, 2], [20, 21, 22]])
-    cos, sin = rotary(3, positions)
+    cos, sin = rotary(3, at(positions))
     assert cos.shape == sin.shape == (2, 3, 1, 2)
-    whole_cos, whole_sin = rotary(32, None)
+    whole_cos, whole_sin = rotary(32)
     assert torch.equal(cos[1, :, 0], whole_cos[0, 20:23, 0])
     assert torch.equal(sin[1, :, 0], whole_sin[0, 20:23, 0])
 
@@ -90,8 +108,8 @@ def test_rotary_table_grows_on_demand(by_positions: bool) -> None:
     rotary = table(8, 10_000.0, 16, direction=-1)
     before = rotary.cos.clone()
     positions = torch.arange(60, 100)[None]
-    cos, sin = rotary(40, positions) if by_positions else rotary(100, None)
-    fresh_cos, fresh_sin = table(8, 10_000.0, 100, direction=-1)(100, None)
+    cos, sin = rotary(40, at(positions)) if by_positions else rotary(100)
+    fresh_cos, fresh_sin = table(8, 10_000.0, 100, direction=-1)(100)
     assert torch.equal(cos[:, -40:], fresh_cos[:, 60:])
     assert torch.equal(sin[:, -40:], fresh_sin[:, 60:])
     assert torch.equal(rotary.cos[:16], before), "growth must not move earlier positions"
@@ -101,15 +119,15 @@ def test_rotary_that_grew_in_inference_mode_still_serves_training() -> None:
     """RL samples past the table in inference mode, then trains the same model."""
     rotary = table(8, 10_000.0, 4)
     with torch.inference_mode():
-        rotary(50, None)
+        rotary(50)
     x = random(1, 50, 1, 8).requires_grad_()
-    apply_rotary(x, *rotary(50, None)).square().sum().backward()
+    apply_rotary(x, *rotary(50)).square().sum().backward()
     assert x.grad is not None
 
 
 def test_rotary_keeps_the_dtype_of_what_it_turns() -> None:
     x = random(1, 3, 1, 8).bfloat16()
-    assert apply_rotary(x, *table(8, 10_000.0, 4)(3, None)).dtype == torch.bfloat16
+    assert apply_rotary(x, *table(8, 10_000.0, 4)(3)).dtype == torch.bfloat16
 
 
 def test_rotary_table_is_not_in_a_checkpoint() -> None:

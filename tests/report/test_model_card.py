@@ -10,6 +10,7 @@ import pytest
 
 from nanochat.checkpoint import load_model, save_checkpoint, step_dir, weights_id
 from nanochat.hf_export import export_model
+from nanochat.models import config_to_dict
 from nanochat.report.model_card import model_card
 from nanochat.tokenizer import Tokenizer
 from tests.models_for_tests import tiny_model
@@ -78,6 +79,17 @@ def test_the_program_in_it_runs(
     assert capsys.readouterr().out
 
 
+def test_an_imported_model_is_not_claimed(own_base_dir: Path) -> None:
+    imported = {"from": "Qwen/Qwen2.5-0.5B-Instruct"}
+    save("base", own_base_dir, tiny_tokenizer(), imported=imported)
+    base = f"base tiny step_000007 ({weights_id(step_dir('base', 'tiny', 7))})"
+    assert "It was imported with nanochat" in card_of("base", own_base_dir)[0]
+    save("sft", own_base_dir, tiny_tokenizer(), started_from=base)
+    card, *_ = card_of("sft", own_base_dir)
+    assert "It was trained with nanochat" in card
+    assert "It began with: Qwen/Qwen2.5-0.5B-Instruct." in card
+
+
 def test_what_differs_from_nanochat_is_said(own_base_dir: Path) -> None:
     save("sft", own_base_dir, tiny_qwen())
     card, *_ = card_of("sft", own_base_dir)
@@ -89,6 +101,11 @@ def test_what_differs_from_nanochat_is_said(own_base_dir: Path) -> None:
     assert "`<|python_start|>`" in card
     assert "white space holding a line break" not in card
     save("base", own_base_dir, tiny_tokenizer())
-    card, *_ = card_of("base", own_base_dir)
+    card, _, tokenizer = card_of("base", own_base_dir)
+    assert "since version 5" in card
+    assert "seed_oss" not in card
+    twin = tiny_model("qwen2.5", vocab_size=400)
+    meta = {"tag": "t", "step": 1, "config": config_to_dict(twin.config)}
+    assert "seed_oss" in model_card("sft", meta, twin, tokenizer, "float32", own_base_dir)
     assert "every document began with `<|bos|>`" in card
     assert "Licence" in card

@@ -10,6 +10,7 @@ import pytest
 
 from nanochat import flags
 from nanochat.common import UserError, read_json
+from nanochat.hf_import import import_model
 from scripts import hf_export
 from scripts.hf_export import Args
 from tests.scripts.checkpoints_for_tests import save_tiny
@@ -50,6 +51,18 @@ def test_flags(own_base_dir: Path, tmp_path: Path) -> None:
     run("-i", "base", f"--out={out}", "--overwrite")
     assert sorted(p.name for p in out.iterdir()) == FILES
     assert "# new (base), step 7" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_imported_model_keeps_what_it_is_made_for(own_base_dir: Path, tmp_path: Path) -> None:
+    """Its rows here may be shorter."""
+    save_tiny(own_base_dir, "sft")
+    run(f"--out={tmp_path / 'out'}")
+    import_model(str(tmp_path / "out"), "again", max_seq_len=16)
+    run(f"--out={tmp_path / 'two'}", "--model_tag=again")
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        assert read_json(tmp_path / "two" / name) == read_json(tmp_path / "out" / name)
+    card = (tmp_path / "two" / "README.md").read_text(encoding="utf-8")
+    assert f"It began with: {tmp_path / 'out'}." in card
 
 
 def test_the_target_is_looked_at_before_the_model(tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""hf_import as one runs it, and every stage going on from what it made."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from nanochat import flags
+from nanochat.checkpoint import load_model, read_meta, step_dir
+from nanochat.common import UserError, get_base_dir
+from nanochat.engine import Engine
+from nanochat.primer.write import write_primer
+from nanochat.serve.api import create_app
+from nanochat.serve.protocol import Limits
+from scripts import chat_cli
+from tests.hf_for_tests import config_of, save_hf, tokenizer_of
+from tests.tiny_world import MID_FLAGS, RL_FLAGS, run_stage
+
+ONE = ["--num_iterations=1", "--device_batch_size=2", "--device_type=cpu", "--eval_tokens=128"]
+BASE = [*ONE, "--max_seq_len=64", "--total_batch_size=256", "--core_metric_every=-1"]
+CHAT = [*MID_FLAGS, *ONE, "--total_batch_size=256"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory with data and no tokenizer, and what is to be imported in theirs/."""
+    folder = tmp_path_factory.mktemp("world")
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
+    try:
+        write_primer(folder, seed=1, scale=0.01)
+        for arch, end in (("qwen2.5", "<|im_end|>"), ("gpt", "<|assistant_end|>")):
+            save_hf(folder / "theirs" / arch, arch, "bfloat16", "30KB", end, sequence_len=128)
+            run_stage("hf_import", f"--from={folder}/theirs/{arch}", "--stage=base")
+            run_stage("hf_import", f"--from={folder}/theirs/{arch}", f"--model_tag={arch}-chat")
+    finally:
+        if before is None:
+            del os.environ["NANOCHAT_BASE_DIR"]
+        else:
+            os.environ["NANOCHAT_BASE_DIR"] = before
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def base(world: Path, own_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+    return world
+
+
+def meta_of(stage: str, tag: str, step: int = 1) -> dict[str, Any]:
+    return read_meta(step_dir(stage, tag, step))
+
+
+@pytest.mark.parametrize("arch", ["qwen2.5", "gpt"])
+def test_every_training_stage_goes_on_from_it(arch: str) -> None:
+    """One step each, from the tag alone: shape, tokenizer and row length are the import's."""
+    run_stage("base_train", *BASE, f"--source_tag={arch}")
+    run_stage("mid_train", *CHAT, f"--source_tag={arch}")
+    run_stage("chat_sft", *CHAT, "--source=mid", f"--source_tag={arch}")
+    rl = [*RL_FLAGS, "--num_iterations=1", "--eval_examples=2", "--source=sft"]
+    run_stage("chat_rl", *rl, f"--source_tag={arch}-chat")
+    started = {
+        ("base", f"{arch}-cpt"): f"base {arch} step_000000",
+        ("mid", arch): f"base {arch} step_000000",
+        ("sft", arch): f"mid {arch} step_000001",
+        ("rl", f"{arch}-chat"): f"sft {arch}-chat step_000000",
+    }
+    for (stage, tag), start in started.items():
+        meta = meta_of(stage, tag)
+        assert meta["started_from"].startswith(start)
+        model, tokenizer, _ = load_model(stage, "cpu", tag)
+        length = 64 if stage == "base" else 128
+        assert model.config == config_of(arch, sequence_len=length)
+        assert tokenizer.fingerprint == tokenizer_of(arch).fingerprint
+        # Kept under the tag, except that qwen2.5 is the name of Qwen's own
+        name = f"{arch}-chat" if stage == "rl" else arch
+        assert (meta["tokenizer"] == name) != (name == "qwen2.5")
+    before = load_model("base", "cpu", arch)[0].state_dict()
+    after = load_model("base", "cpu", f"{arch}-cpt")[0].state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_first_step_learns_at_the_rate_it_is_told() -> None:
+    """At rate 0 a stage hands the import on as it was: its weights and nothing else are taken."""
+    still = ["--embedding_lr=0", "--unembedding_lr=0", "--matrix_lr=0", "--model_tag=still"]
+    run_stage("base_train", *BASE, "--source_tag=qwen2.5", *still)
+    before = load_model("base", "cpu", "qwen2.5")[0].state_dict()
+    after = load_model("base", "cpu", "still")[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_pretraining_goes_on_with_another_tokenizer(base: Path) -> None:
+    """The tag is still enough for the shape; the rows are the new tokenizer's."""
+    argv = ["--source_tag=qwen2.5", f"--tokenizer={base}/theirs/gpt", "--model_tag=retrained"]
+    with pytest.raises(UserError, match="say --retrain_embeddings"):
+        run_stage("base_train", *BASE, *argv)
+    run_stage("base_train", *BASE, *argv, "--retrain_embeddings")
+    model, tokenizer, _ = load_model("base", "cpu", "retrained")
+    assert model.config == config_of("qwen2.5", sequence_len=64, vocab_size=400)
+    assert tokenizer.fingerprint == tokenizer_of("gpt").fingerprint
+
+
+@pytest.mark.parametrize("arch", ["qwen2.5", "gpt"])
+def test_it_is_evaluated_and_talks(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tag = f"--model_tag={arch}-chat"
+    argv = ["--device_type=cpu", "-a", "primer-math|primer-facts", "-x", "2", "-m", "8"]
+    run_stage("chat_eval", *argv, tag)
+    rows = (get_base_dir() / "report" / "chat_eval.jsonl").read_text(encoding="utf-8")
+    last = json.loads(rows.splitlines()[-1])
+    assert (last["model_tag"], last["step"]) == (f"{arch}-chat", 0)
+    capsys.readouterr()
+    run_stage("chat_cli", "--device_type=cpu", tag, "--prompt=Hello!", "--max_new_tokens=8")
+    assert capsys.readouterr().out
+    model, tokenizer, _ = load_model("sft", "cpu", f"{arch}-chat")  # as scripts.chat_web does
+    limits = Limits(model.config.sequence_len, 8, 0.0, 50)
+    with TestClient(create_app(Engine(model, tokenizer), tokenizer, "it", limits)) as client:
+        asked = {"messages": [{"role": "user", "content": "Hello!"}]}
+        reply = client.post("/v1/chat/completions", json=asked).json()
+    assert reply["model"] == "it" and reply["usage"]["completion_tokens"] > 0
+
+
+def test_an_import_is_no_run_to_resume_and_not_written_over() -> None:
+    argv = [*BASE, "--source_tag=gpt", "--model_tag=gpt"]
+    with pytest.raises(UserError, match="Give another --model_tag"):
+        run_stage("base_train", *argv)
+    with pytest.raises(UserError, match="was imported: it is no run that could be resumed"):
+        sft = [*CHAT, "--source=base", "--source_tag=gpt", "--model_tag=gpt-chat"]
+        run_stage("chat_sft", *sft, "--resume")
+
+
+def test_another_shape_than_the_imports_is_refused() -> None:
+    with pytest.raises(UserError, match="but --arch and --depth ask for"):
+        run_stage("base_train", *BASE, "--source_tag=gpt", "--depth=2")
+
+
+def test_the_command_line_says_what_became_of_it(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stage("hf_import", f"--from={base}/theirs/gpt", "--source=rl", "--max_seq_len=32")
+    said = capsys.readouterr().out
+    for part in ("gpt, ", "from bfloat16", "stage rl, because --stage says so", "rows of 32 tokens",
+                 "of the 128 it was made for", "tokenizer gpt, 400 ids",
+                 "chat_cli -i rl -g gpt"):  # fmt: skip
+        assert part in said
+    with pytest.raises(UserError, match="--max_seq_len=0 must be at least 1"):
+        run_stage("hf_import", f"--from={base}/theirs/gpt", "--max_seq_len=0")
+    assert flags.parse(chat_cli.Args, []).source == "sft"  # where chat models are looked for
