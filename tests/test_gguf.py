@@ -260,6 +260,25 @@ def test_the_benchmark_knows_every_pre_tokenizer_of_the_export() -> None:
     assert {row["dtype"] for row in result["models"]} == set(DTYPES)
 
 
+def test_the_benchmark_notices_a_difference() -> None:
+    result = read_json(bench.OUT)
+    tokenization, models = result["tokenization"], result["models"]
+    for name, wrong in {
+        "continuations_that_differ": 1, "same_stop_tokens": False, "same_chat_ids": False
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match="does another thing"):
+            bench.check(tokenization, [{**models[0], name: wrong}, *models[1:]])
+    for row in tokenization:
+        changed = {**row, "documents_that_differ": row["documents_that_differ"] + 1}
+        if row["pattern"] == "qwen2.5":
+            with pytest.raises(UserError, match=r"with Qwen2\.5's pattern the ids differ"):
+                bench.check([changed, *tokenization], models)
+        elif row["pattern"] == "ours":
+            none = {**row, "documents_that_differ": 0, "pre_tokenizer": "new"}
+            with pytest.raises(UserError, match="NEAREST should be 'new'"):
+                bench.check([none, *tokenization], models)
+
+
 def test_llama_cpp_agrees(tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     tokenizer = tiny_qwen()
