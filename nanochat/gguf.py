@@ -24,7 +24,7 @@ import torch
 
 from nanochat.chat_template import chat_template
 from nanochat.common import UserError, atomic_write, print0, warn0
-from nanochat.hf_export import DTYPES, READABLE, cast_tensor, stop_ids
+from nanochat.hf_export import DTYPES, READABLE, cast_tensor, puts_bos, stop_ids
 from nanochat.models import arch_of
 from nanochat.tokenizer import Tokenizer
 from nanochat.tokenizer_files import (
@@ -200,10 +200,8 @@ def _add_vocabulary(writer: Any, tokenizer: Tokenizer, kinds: Any) -> None:
 
 
 def _add_special_ids(writer: Any, tokenizer: Tokenizer, chat: bool) -> None:
-    """Where generation ends, and whether a text begins with the token that begins documents.
-
-    The same as in the export for transformers: a base model of ours does begin so, a chat template
-    writes the token itself, and Qwen's models have never seen one."""
+    """Where generation ends, and whether a text begins with the token that begins documents: the
+    same as in the export for transformers."""
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
     writer.add_bos_token_id(bos)
     writer.add_pad_token_id(bos)
@@ -212,7 +210,7 @@ def _add_special_ids(writer: Any, tokenizer: Tokenizer, chat: bool) -> None:
     # "End of message": one more at which llama.cpp ends a reply, and nothing besides. Our engine
     # ends at both too
     writer.add_eom_token_id(bos)
-    writer.add_add_bos_token(not chat and tokenizer.chat_format != "qwen2.5")
+    writer.add_add_bos_token(puts_bos(tokenizer, chat))
 
 
 # Of bench/results/gguf.json, whose test compares: documents of the validation text that llama.cpp

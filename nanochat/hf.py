@@ -13,10 +13,8 @@ import re
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.models import GPTConfig, QwenConfig
+from nanochat.models import Config, GPTConfig, QwenConfig, arch_of
 from nanochat.models.gpt import LOGIT_SOFTCAP, ROPE_THETA
-
-Config = GPTConfig | QwenConfig
 
 MODEL_TYPES = {"gpt": "nanochat", "qwen2.5": "qwen2"}
 CLASSES = {"gpt": "NanoChatForCausalLM", "qwen2.5": "Qwen2ForCausalLM"}
@@ -107,7 +105,7 @@ def config_to_hf(
     """The whole config.json of a model whose tensors are stored as `dtype` ("bfloat16", ...).
 
     The rotary base is written twice, as transformers 5 has it and as 4 and vLLM read it."""
-    arch = "gpt" if isinstance(config, GPTConfig) else "qwen2.5"
+    arch = arch_of(config)
     theta = ROPE_THETA if isinstance(config, GPTConfig) else config.rope_theta
     data: dict[str, Any] = {
         "architectures": [CLASSES[arch]],

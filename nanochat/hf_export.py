@@ -206,16 +206,19 @@ def stop_ids(tokenizer: Tokenizer, chat: bool) -> list[int]:
     return list(dict.fromkeys([end, bos] if chat else [bos, end]))
 
 
+def puts_bos(tokenizer: Tokenizer, chat: bool) -> bool:
+    """Whether the exported tokenizer puts the token that begins every document before a text, as it
+    was in training. A chat model's does not: its template begins with it. Nor does Qwen's: the
+    published one does not."""
+    return not chat and tokenizer.chat_format != "qwen2.5"
+
+
 # --------------------------------------------------------------------------------------------------
 # tokenizer.json, tokenizer_config.json
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool, sequence_len: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, the chat template in the latter.
-
-    A base model's tokenizer puts the token that begins every document before a text, as it was in
-    training. A chat model's does not: its template begins with it. Nor does Qwen's: the published
-    one does not."""
+    """Writes tokenizer.json and tokenizer_config.json, the chat template in the latter."""
     names = {id: name for name, id in tokenizer.vocabulary.specials.items()}
     bos = tokenizer.get_bos_token_id()
     content = tokenizer_json(tokenizer.vocabulary)
@@ -232,7 +235,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool, sequence_len
     if tokenizer.chat_format == "qwen2.5":
         for token in content["added_tokens"]:
             token["special"] = not READABLE.fullmatch(token["content"])
-    elif not chat:
+    if puts_bos(tokenizer, chat):
         content["post_processor"] = _prepend(names[bos], bos)
         config["add_bos_token"] = True
     template = chat_template(tokenizer.chat_format, tokenizer.default_system)

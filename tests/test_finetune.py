@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,11 @@ CHAT_FLAGS = [*STEPS, "--total_batch_size=256", "--sample_prompts=Hello!"]
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with data, a tokenizer, a base and a mid model of 2 steps (tag d2)."""
     folder = tmp_path_factory.mktemp("world")
-    before = os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         make_world(folder)
         run_stage("base_train", *BASE_FLAGS, "--num_iterations=2")
         run_stage("mid_train", *MID_FLAGS, "--num_iterations=2")
-    finally:
-        if before is None:
-            del os.environ["NANOCHAT_BASE_DIR"]
-        else:
-            os.environ["NANOCHAT_BASE_DIR"] = before
     return folder
 
 

@@ -42,17 +42,11 @@ GOLDEN = Path(__file__).parent / "golden_loss.json"
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with data, a tokenizer, a base and a mid model of 6 steps (tag d2)."""
     folder = tmp_path_factory.mktemp("world")
-    before = os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         make_world(folder)
         run_stage("base_train", *BASE_FLAGS)
         run_stage("mid_train", *MID_FLAGS)
-    finally:
-        if before is None:
-            del os.environ["NANOCHAT_BASE_DIR"]
-        else:
-            os.environ["NANOCHAT_BASE_DIR"] = before
     return folder
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint import STAGE_FOLDERS, step_dir, weights_id
-from nanochat.hf_export import keeps_tokenizer
+from nanochat.hf_export import keeps_tokenizer, puts_bos
 from nanochat.report.card import base_section, evaluation_section, table
 from nanochat.report.runs import Row, read_rows
 from nanochat.tokenizer import Tokenizer
@@ -177,7 +177,9 @@ def _usage(chat: bool, tag: str, tokenizer: Tokenizer) -> list[str]:
     lines = [code]
     if not chat:
         bos = names[tokenizer.get_bos_token_id()]
-        return [*lines, f"In training every document began with `{bos}`; put it before a text.\n"]
+        puts = puts_bos(tokenizer, chat)
+        then = ", as the tokenizer lets a text begin" if puts else "; put it before a text"
+        return [*lines, f"In training every document began with `{bos}`{then}.\n"]
     before, after = (f"`{names[id]}`" for id in tokenizer.tool_call_ids)
     end = names[tokenizer.encode_special("<|assistant_end|>")]
     lines.append(f"A reply ends with `{end}`. The default is greedy: the same reply every time.\n")

@@ -20,7 +20,7 @@ use crate::split::{BATCH, Splitter};
 const BYTES_A_TOKEN: usize = 4;
 
 /// Ids are kept as small as the vocabulary allows, since they are many.
-pub trait Id: Copy + Default + Send + Sync {
+pub trait Id: Copy + Default + Into<u32> + Send + Sync {
     /// The id as this type, which must hold it.
     fn of(id: u32) -> Self;
     /// Writes ids as little-endian bytes.
@@ -103,7 +103,7 @@ impl<W, const KEPT: usize> Default for Kept<W, KEPT> {
     }
 }
 
-impl<W: Word, const KEPT: usize> Kept<W, KEPT> {
+impl<W: Id, const KEPT: usize> Kept<W, KEPT> {
     fn take(&self, bytes: usize, vocabulary: &Vocabulary) -> Cache<W, KEPT> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
         kept.unwrap_or_default().for_text_of(bytes, vocabulary)
@@ -132,7 +132,7 @@ pub fn encode_batch<T: Id, S: AsRef<str> + Sync>(
     }
 }
 
-fn encode_with<T: Id, S: AsRef<str> + Sync, W: Word, const KEPT: usize>(
+fn encode_with<T: Id, S: AsRef<str> + Sync, W: Id, const KEPT: usize>(
     vocabulary: &Vocabulary,
     splitter: Option<&Splitter>,
     texts: &[S],
@@ -214,23 +214,6 @@ fn extend<T: Id>(ids: &mut Vec<T>, encode: impl FnOnce(&mut Vec<u32>)) {
     ids.extend(more.into_iter().map(T::of));
 }
 
-/// An id as a cache keeps it.
-trait Word: Copy + Default + Send + Into<u32> {
-    fn of(id: u32) -> Self;
-}
-
-impl Word for u16 {
-    fn of(id: u32) -> Self {
-        id as Self // only in caches of vocabularies that allow it
-    }
-}
-
-impl Word for u32 {
-    fn of(id: u32) -> Self {
-        id
-    }
-}
-
 /// What pieces became.
 ///
 /// A piece has a set of two places, found by its hash; a new one takes the place of the older. So
@@ -259,7 +242,7 @@ struct Entry<W, const KEPT: usize> {
     count: W,
 }
 
-impl<W: Word, const KEPT: usize> Entry<W, KEPT> {
+impl<W: Id, const KEPT: usize> Entry<W, KEPT> {
     fn new(piece: u128, ids: &[u32]) -> Self {
         let mut kept = [W::default(); KEPT];
         kept.iter_mut().zip(ids).for_each(|(place, &id)| *place = W::of(id));
@@ -267,7 +250,7 @@ impl<W: Word, const KEPT: usize> Entry<W, KEPT> {
     }
 }
 
-impl<W: Word, const KEPT: usize> Cache<W, KEPT> {
+impl<W: Id, const KEPT: usize> Cache<W, KEPT> {
     const SETS: usize = 1 << 19; // 32 MiB, room for the distinct pieces of a gigabyte of text
     const LONG: usize = 1 << 16; // long pieces, after which it begins anew
     const LONGEST: usize = 64; // longer ones hardly come again

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,13 @@ CHAT = [*MID_FLAGS, *ONE, "--total_batch_size=256"]
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with data and no tokenizer, and what is to be imported in theirs/."""
     folder = tmp_path_factory.mktemp("world")
-    before = os.environ.get("NANOCHAT_BASE_DIR")
-    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         write_primer(folder, seed=1, scale=0.01)
         for arch, end in (("qwen2.5", "<|im_end|>"), ("gpt", "<|assistant_end|>")):
             save_hf(folder / "theirs" / arch, arch, "bfloat16", "30KB", end, sequence_len=128)
             run_stage("hf_import", f"--from={folder}/theirs/{arch}", "--stage=base")
             run_stage("hf_import", f"--from={folder}/theirs/{arch}", f"--model_tag={arch}-chat")
-    finally:
-        if before is None:
-            del os.environ["NANOCHAT_BASE_DIR"]
-        else:
-            os.environ["NANOCHAT_BASE_DIR"] = before
     return folder
 
 
