@@ -25,9 +25,7 @@ class Args(ConversationFlags):
 
     source: flags.Source = "mid"
     """Stage to start from: base, mid or sft."""
-    total_batch_size: int = 65_536
-    """Tokens in one optimizer step, over all ranks; -1: as the model was trained."""
-    init_lr_frac: float = 0.02
+    init_lr_frac: float = 0.2
     """Learning rates start at this share of the values above."""
     warmdown_ratio: float = 1.0
     """Share of the run over which the learning rate falls: all of it."""
