@@ -21,6 +21,8 @@ from scripts import chat_cli
 from tests.hf_for_tests import config_of, save_hf, tokenizer_of
 from tests.tiny_world import MID_FLAGS, RL_FLAGS, run_stage
 
+pytestmark = pytest.mark.usefixtures("base")
+
 ONE = ["--num_iterations=1", "--device_batch_size=2", "--device_type=cpu", "--eval_tokens=128"]
 BASE = [*ONE, "--max_seq_len=64", "--total_batch_size=256", "--core_metric_every=-1"]
 CHAT = [*MID_FLAGS, *ONE, "--total_batch_size=256"]
@@ -38,12 +40,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run_stage("hf_import", f"--from={folder}/theirs/{arch}", "--stage=base")
             run_stage("hf_import", f"--from={folder}/theirs/{arch}", f"--model_tag={arch}-chat")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def base(world: Path, own_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
-    return world
 
 
 def meta_of(stage: str, tag: str, step: int = 1) -> dict[str, Any]:
