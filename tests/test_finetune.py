@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import torch
 from nanochat import finetune, flags
 from nanochat.checkpoint import list_steps, read_meta, step_dir
 from nanochat.common import UserError, get_base_dir, read_jsonl
-from nanochat.dataloader import RowReader
+from nanochat.dataloader import IGNORE, MicroBatch, RowReader
+from nanochat.distributed import DistInfo
+from nanochat.optim import make_optimizer
 from nanochat.schedule import lr_multiplier
+from nanochat.train import Trainer
+from tests.models_for_tests import tiny_model, tokens_of
 from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage, torchrun
 
 pytestmark = pytest.mark.usefixtures("base")
@@ -27,8 +32,6 @@ STEPS = ["--num_iterations=2", "--device_batch_size=2", "--device_type=cpu"]
 CHAT_FLAGS = [*STEPS, "--total_batch_size=256", "--sample_prompts=Hello!"]
 UNUSUAL = ["--embedding_lr=0.1", "--unembedding_lr=0.003", "--matrix_lr=0.015",
            "--weight_decay=0.01", "--init_lr_frac=0.5"]  # fmt: skip
-
-
 # What mid and SFT make of the above: the rates are those at the peak of that run
 INHERITED = (
     "--max_seq_len=64 --total_batch_size=256 --embedding_lr=0.05 --unembedding_lr=0.0015 "
@@ -233,6 +236,45 @@ def test_accumulation_is_weighted_by_trained_tokens() -> None:
     for one, other in zip(*rows, strict=True):
         for a, b in zip(one, other, strict=True):
             assert a is b is None or a == pytest.approx(b, rel=1e-3)
+
+
+def test_short_rows_lose_conversations_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where many questions fill a whole row by themselves: those are dropped, no loss is NaN, and
+    the epoch ends."""
+    long = [
+        {"messages": [{"role": "user", "content": f"word {i} " * 30}, *chat["messages"][1:]]}
+        for i, chat in enumerate(chats(60))
+    ]
+    data = write(tmp_path / "long.jsonl", [*chats(60), *long])
+    short = ["--max_seq_len=24", "--total_batch_size=48", "--num_iterations=-1", "--eval_every=5"]
+    run_stage("mid_train", *CHAT_FLAGS, *short, f"--data={data}", "--model_tag=short")
+    assert re.search(r"(5\d|60) dropped, with nothing to learn from", capsys.readouterr().out)
+    rows = log_of("mid", "short")
+    losses = [row.get("loss", row.get("val_loss")) for row in rows if row["event"] != "start"]
+    losses = [loss for loss in losses if loss is not None]
+    assert len(losses) > 10 and all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+
+def test_a_step_without_a_trained_token_changes_nothing() -> None:
+    """0/0 is no loss; and nothing decays, nor does the optimizer count the step."""
+    model = tiny_model("gpt")
+    optimizer = make_optimizer(model, 0.1, 0.1, 0.1, weight_decay=0.1)
+    cpu = torch.device("cpu")
+    meta = {"tokenizer": None, "tokenizer_fingerprint": "", "data": {}}
+    info = DistInfo(0, 0, 1, cpu)
+    trainer = Trainer("mid", "none", flags.TrainFlags(), info, model, optimizer, 2, meta)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    idx = tokens_of(model, 2, 8)
+    assert trainer.step([MicroBatch(idx, torch.full_like(idx, IGNORE))] * 2, 1.0) == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert optimizer.num_steps == 0 and trainer.state.step == 1
+    # Beside such a micro-batch, another counts as if it were alone
+    alone = model(idx, idx).item()
+    batches = [MicroBatch(idx, torch.full_like(idx, IGNORE)), MicroBatch(idx, idx)]
+    assert trainer.step(batches, 1.0) == pytest.approx(alone)
+    assert optimizer.num_steps == 1
 
 
 def test_validation_is_read_in_once_and_is_the_same_each_time(
