@@ -1,10 +1,10 @@
 """
 Where a run begins: at a checkpoint of another run, or at its own.
 
-Finetuning starts from what another stage made; pretraining may go on from another base model. A run
-that was stopped resumes its own newest whole checkpoint, and must be the run it was: the same data,
-batch, rates, seed. What differs is refused by name, unless --allow_changes says it is meant.
-Floor 3.5.
+Finetuning starts from what another stage made, and mid and SFT go on as that was trained: optimizer
+state, batch, rates. Pretraining may go on from another base model. A run that was stopped resumes
+its own newest whole checkpoint, and must be the run it was: the same data, batch, rates, seed. What
+differs is refused by name, unless --allow_changes says it is meant. Floor 3.5.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def inherit(args: InheritedFlags, start: Start) -> None:
 def _trained_with(flag: str, start: Start) -> tuple[Any, bool]:
     """(a flag's value in the run that made the checkpoint, True), or (a default, False)."""
     args = start.meta.get("args", {})
-    known = {**args, "max_seq_len": start.model.config.sequence_len}.get(flag, -1)
-    if known >= 0:
+    known = {**args, "max_seq_len": start.model.config.sequence_len}.get(flag)
+    if known is not None and known >= 0:
         # base_train's --init_lr_frac lowers its peak; that of mid and SFT is for themselves
         is_scaled = flag.endswith("_lr") and start.meta.get("stage") == "base"
         return known * (args.get("init_lr_frac", 1.0) if is_scaled else 1), True

@@ -5,7 +5,8 @@ Supervised finetuning: the last polish on the conversations we want most.
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --run=d20
 
 Starts from the newest midtrained model (--source=base: straight from the base model) and saves to
-chatsft_checkpoints/<tag>/.
+chatsft_checkpoints/<tag>/. Row length, batch, rates and optimizer state are those of that model
+unless given.
 """
 
 from __future__ import annotations
