@@ -143,6 +143,28 @@ class FinetuneFlags(TrainFlags):
     """Learning rates start at this share of the values above."""
 
 
+@dataclass
+class InheritedFlags(FinetuneFlags):
+    """What mid and SFT take over from the run that made their checkpoint, unless it is typed.
+
+    nanochat/start.py fills in every flag that is declared here. RL has its own."""
+
+    max_seq_len: int = -1
+    """Tokens in a row; -1: as the model was trained."""
+    total_batch_size: int = -1
+    """Tokens in one optimizer step, over all ranks; -1: as the model was trained."""
+    embedding_lr: float = -1.0
+    """AdamW learning rate of the token embedding, for a width of 768; -1: as it was at its peak."""
+    unembedding_lr: float = -1.0
+    """AdamW learning rate of the output head, for a width of 768; -1: as it was at its peak."""
+    matrix_lr: float = -1.0
+    """Muon learning rate of the weight matrices; -1: as it was at its peak."""
+    weight_decay: float = -1.0
+    """Decoupled weight decay of the matrices and embeddings; -1: as the model was trained."""
+    load_optimizer: Literal[0, 1] = 1
+    """1: a warm start, with the checkpoint's optimizer state if it has one; 0: a cold start."""
+
+
 # Flags that may differ when a run is resumed. Every other one decides what is learned and must be
 # as it was (nanochat/start.py compares them).
 FREE_ON_RESUME = frozenset(

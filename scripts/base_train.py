@@ -26,7 +26,7 @@ from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
 from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
-from nanochat.start import base_meta, continued_config, load_base
+from nanochat.start import base_meta, continued_config, load_base, lr_frac
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import Trainer, autocast
@@ -50,6 +50,10 @@ class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     """Transformer layers (default: 20); width is 64 times as much, and all else follows."""
     source_tag: str | None = None
     """Base model to go on from, with its shape and tokenizer; default: new weights."""
+    init_lr_frac: float = -1.0
+    """Learning rates start at this share of the values above. -1: all of it, but 0.1 where
+    --source_tag was imported: its own training ended near a tenth of its peak, and the rates for
+    new weights would undo much of it."""
     max_seq_len: int = 2048
     """Tokens in a row."""
     tokenizer: str | None = None
@@ -127,9 +131,11 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     started_from = None
     if args.source_tag:
         started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
+    args.init_lr_frac = lr_frac(args.init_lr_frac, source_meta)
     optimizer = make_optimizer(
-        model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay
-    )
+        model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
+        args.init_lr_frac,
+    )  # fmt: skip
     num_steps = num_iterations(
         args.num_iterations,
         args.target_flops,
