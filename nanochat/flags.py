@@ -169,7 +169,8 @@ FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
         "run", "model_tag", "device_type", "device_batch_size", "preview", "resume",
-        "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream", "eval_every",
+        "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream",
+        "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         # compared by what comes of them: shape, number of steps, fingerprints, starting weights
