@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nanochat import flags
-from nanochat.checkpoint import LOG, STAGE_FOLDERS, STAGE_SCRIPTS, run_dir
+from nanochat.checkpoint import LOG, STAGE_FOLDERS, STAGE_SCRIPTS, run_dir, stage_dir
 from nanochat.common import UserError, atomic_write, fingerprint, get_base_dir
 from nanochat.launch import command
 from nanochat.machine import code_changes, code_fingerprint, machine_info, versions
@@ -60,35 +60,29 @@ def find_log(name: str) -> Path:
     """The log of a run that is named by its folder, its log, "base/d4", or "d4" if one stage alone
     has that tag. UserError, with the runs there are, if it is none of these."""
     path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    found = [folder / LOG for folder in [path, *_by_tag(name)] if (folder / LOG).is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        stages = [stage for stage in STAGE_FOLDERS if run_dir(stage, name) / LOG in found]
-        raise UserError(f"{name} names {len(found)} runs: say {' or '.join(_names(stages, name))}")
-    known = [n for s in STAGE_FOLDERS for n in _names([s], *_tags_with_log(s))]
-    there = f"runs in {get_base_dir()}: {', '.join(known) or 'none'}"
-    what = "has no " + LOG if path.is_dir() else "is neither a file nor a folder nor a run's name"
-    raise UserError(
-        f"{name} is no run: it {what}. Name a run's folder, its {LOG}, or one of the {there}"
-    )
-
-
-def _by_tag(name: str) -> list[Path]:
+    for log in (path, path / LOG):
+        if log.is_file():
+            return log
     stage, _, tag = name.partition("/")
-    if stage in STAGE_FOLDERS and tag:
-        return [run_dir(stage, tag)]
-    return [run_dir(stage, name) for stage in STAGE_FOLDERS]
-
-
-def _tags_with_log(stage: str) -> list[str]:
-    return sorted(path.parent.name for path in run_dir(stage, "").glob(f"*/{LOG}"))
-
-
-def _names(stages: list[str], *tags: str) -> list[str]:
-    return [f"{stage}/{tag}" for stage in stages for tag in tags]
+    places = (
+        [(stage, tag)] if stage in STAGE_FOLDERS and tag else [(s, name) for s in STAGE_FOLDERS]
+    )
+    found = [place for place in places if (run_dir(*place) / LOG).is_file()]
+    if len(found) == 1:
+        return run_dir(*found[0]) / LOG
+    if found:
+        choice = " or ".join("/".join(place) for place in found)
+        raise UserError(f"{name} names {len(found)} runs: say {choice}")
+    there = [
+        f"{s}/{log.parent.name}"
+        for s in STAGE_FOLDERS
+        for log in sorted(stage_dir(s).glob(f"*/{LOG}"))
+    ]
+    what = f"has no {LOG}" if path.is_dir() else "is neither a file nor a folder nor a run's name"
+    raise UserError(
+        f"{name} is no run: it {what}. Name a run's folder, its {LOG}, or one of the runs in "
+        f"{get_base_dir()}: {', '.join(there) or 'none'}"
+    )
 
 
 def first_start(log: Path) -> Row:

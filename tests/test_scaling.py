@@ -26,7 +26,7 @@ def test_a_law_comes_back_from_its_points(E: float, A: float, alpha: float) -> N
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
-    """95% of the time; counted over 200 laws with noise, and it is not so wide as to say nothing."""
+    """95% of the time, counted over 200 laws with noise, and not by being wide."""
     rng = np.random.default_rng(0)
     truth, hits, widths = 0.6 + 0.5 * (C / 1e16) ** -0.2, 0, []
     for _ in range(200):

@@ -117,8 +117,8 @@ def compare_text(a: Run, b: Run) -> str:
     lines += [f"- {warning}" for warning in warnings(a, b)]
     lines += ["", "## Results", "", *table(["", *names], results(runs))]
     for measure in shared_measures(runs):
-        for run, other, label, other_label in ((a, b, *names), (b, a, *reversed(names))):
-            lines.append("- " + _race(run, other, label, other_label, measure))
+        lines.append("- " + _race(a, b, names, measure))
+        lines.append("- " + _race(b, a, (names[1], names[0]), measure))
     return "\n".join(lines)
 
 
@@ -197,11 +197,11 @@ def _median(run: Run, key: str) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _race(run: Run, other: Run, name: str, other_name: str, measure: Measure) -> str:
+def _race(run: Run, other: Run, names: tuple[str, str], measure: Measure) -> str:
     """One line: what `run` took to get where `other` ended."""
     target = last(other, measure)
     assert target is not None  # of a shared measure
-    what = f"{name} {{}} the final {measure.label} of {other_name} ({target:.4f})"
+    what = f"{names[0]} {{}} the final {measure.label} of {names[1]} ({target:.4f})"
     parts = []
     for axis in AXES:
         mine, total = reached(run, measure, target, axis), _whole(other, measure, axis)
