@@ -40,11 +40,23 @@ def alias(*names: str) -> Any:
 def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
     """Parses `argv` (default: the process's own).
 
-    Unknown flags end the process with a suggestion."""
+    Unknown flags end the process with a suggestion; a class with an attribute `passed_on` (no
+    field) gets them there instead, for the program that it starts."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
         words.remove("--")
-    return tyro.cli(args_class, args=words)
+    if hasattr(args_class, "passed_on"):
+        args, rest = tyro.cli(args_class, args=words, return_unknown_args=True)
+        args.passed_on = rest  # type: ignore[attr-defined]
+        return args
+    args = tyro.cli(args_class, args=words)
+    vars(args)["typed"] = words  # no field: asdict() and comparisons do not see it
+    return args
+
+
+def typed(args: Any) -> list[str] | None:
+    """The words of the command line that `args` were parsed from; None if they were not."""
+    return vars(args).get("typed")
 
 
 def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | None = None) -> None:
@@ -107,6 +119,14 @@ class TrainFlags(DeviceFlags):
     """What may differ from the run that is resumed, joined by |, as its refusal names it."""
     preview: bool = False
     """Print a few decoded rows with what is trained on marked, and stop."""
+    deterministic: bool = False
+    """On a GPU: the same bits every time, from the same flags on the same machine and versions.
+    Slower: no kernel that adds in any order, none chosen by timing. A CPU does so by itself."""
+    repeats: str | None = None
+    """A run, as base/d4 or its folder, that this one repeats: refuse to start unless flags, data,
+    tokenizer and starting weights are as they were then (see scripts.rerun)."""
+    dry_run: bool = False
+    """Get everything ready, compare it with --repeats, and stop before the first step."""
 
 
 @dataclass
@@ -171,7 +191,8 @@ FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
         "run", "model_tag", "device_type", "device_batch_size", "preview", "resume",
-        "resume_from_step", "allow_changes", "token_cache_dir", "stream", "eval_every",
+        "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream",
+        "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         # compared by what comes of them: shape, number of steps, fingerprints, starting weights

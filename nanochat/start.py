@@ -248,7 +248,9 @@ def find_resumable(
     return folder, meta
 
 
-def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: str) -> None:
+def refuse_changes(
+    folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: str, doing: str = "resume"
+) -> None:
     """Compares identities; raises UserError naming what differs and is not among `allowed`
     (names joined by |)."""
     names = {name.strip() for name in allowed.split("|")} - {""}
@@ -263,7 +265,7 @@ def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any], allo
     refused = [text for name, text in changed.items() if name not in names]
     if refused:
         raise UserError(
-            f"cannot resume {folder}: its {'; its '.join(refused)}. Use the same as then, start a "
+            f"cannot {doing} {folder}: its {'; its '.join(refused)}. Use the same as then, start a "
             f'new run with another --model_tag, or say --allow_changes="{"|".join(changed)}"'
         )
     for text in changed.values():

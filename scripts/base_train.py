@@ -87,7 +87,8 @@ class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
 
 def main(args: Args) -> None:
     # Looking at data needs no GPU
-    with distributed.session("cpu" if args.preview else args.device_type, args.seed) as info:
+    device_type = "cpu" if args.preview else args.device_type
+    with distributed.session(device_type, args.seed, args.deterministic) as info:
         train(args, info)
 
 

@@ -74,7 +74,8 @@ class Args(flags.FinetuneFlags):
 
 def main(args: Args) -> None:
     # Looking at data needs no GPU
-    with distributed.session("cpu" if args.preview else args.device_type, args.seed) as info:
+    device_type = "cpu" if args.preview else args.device_type
+    with distributed.session(device_type, args.seed, args.deterministic) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         train(args, start, info)
 

@@ -21,8 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat.checkpoint import list_steps, load_model, stage_dir, step_dir
-from nanochat.common import UserError, get_base_dir
+from nanochat.checkpoint import LOG, list_steps, load_model, run_dir, stage_dir, step_dir
+from nanochat.common import UserError
 from tests.tiny_world import (
     BASE_FLAGS,
     MID_FLAGS,
@@ -51,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def log_path(stage: str, tag: str) -> Path:
-    return get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
+    return run_dir(stage, tag) / LOG
 
 
 def losses(stage: str, tag: str) -> list[float]:
