@@ -144,6 +144,39 @@ class ScheduleFlags:
 
 
 @dataclass
+class HorizonFlags(ScheduleFlags, TrainFlags):
+    """Length, batch and rates of pretraining. nanochat/recipe.py fills in what is -1."""
+
+    num_iterations: int = -1
+    """Optimizer steps; -1: use one of the next three."""
+    target_flops: float = -1.0
+    """Train for this many FLOPs; -1: use the next."""
+    target_tokens: float = -1.0
+    """Train on this many tokens; -1: use the next."""
+    target_param_data_ratio: float = 20.0
+    """Train on this many tokens per parameter (20: Hoffmann et al., arXiv 2203.15556)."""
+    total_batch_size: int = -1
+    """Tokens in one optimizer step, over all ranks; -1: by the tokens that are trained on."""
+    embedding_lr: float = -1.0
+    """AdamW learning rate of the token embedding, for a width of 768; -1: 0.3 at the batch that
+    --total_batch_size=-1 gives, and by the root of the batch at another."""
+    unembedding_lr: float = -1.0
+    """AdamW learning rate of the output head, for a width of 768; -1: 0.008, likewise."""
+    matrix_lr: float = -1.0
+    """Muon learning rate of the weight matrices; -1: 0.02, likewise."""
+    scalar_lr: float = -1.0
+    """AdamW learning rate of --arch=turbo's scalars; -1: 0.5, likewise."""
+    weight_decay: float = -1.0
+    """Decoupled, cautious weight decay of the matrices, falling to 0 over the run; -1: 0.28."""
+    warmup_steps: int = 40
+    """Steps of linear warm-up."""
+    warmdown_ratio: float = 0.65
+    """Share of the run over which the learning rate falls."""
+    final_lr_frac: float = 0.05
+    """Share of the learning rate that is left at the end."""
+
+
+@dataclass
 class CacheFlags:
     """Where tokenized text is kept."""
 

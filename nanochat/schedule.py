@@ -14,7 +14,7 @@ from nanochat.common import UserError
 # Where batch and rates were measured (nanochat's dev/LOG.md): d12, 20 tokens a parameter.
 REF_TOKENS = 3.7e9
 REF_BATCH = 2**19
-MIN_STEPS = 1000
+MIN_STEPS = 600
 
 
 def lr_multiplier(
@@ -72,6 +72,23 @@ def batch_size(num_tokens: float, tokens_per_round: int) -> int:
     return max(1, round(power_of_two / tokens_per_round)) * tokens_per_round
 
 
+def base_rates(batch_ratio: float) -> dict[str, float]:
+    """Learning rates and weight decay of pretraining, by flag. batch_ratio: the batch in units of
+    the one that batch_size() gives.
+
+    At that batch the same rates serve from d4 (measured, bench/LEARNING.md) to d26 (nanochat's
+    dev/LOG.md). Another batch wants rates by its square root: gradients have that much less noise
+    (Malladi et al., arXiv 2205.10287, for Adam)."""
+    scale = batch_ratio**0.5
+    return {
+        "embedding_lr": 0.3 * scale,
+        "unembedding_lr": 0.008 * scale,
+        "matrix_lr": 0.02 * scale,
+        "scalar_lr": 0.5 * scale,
+        "weight_decay": 0.28,
+    }
+
+
 def grad_accum_steps(
     total_batch_size: int, device_batch_size: int, max_seq_len: int, world_size: int
 ) -> int:
@@ -102,21 +119,43 @@ def grad_accum_steps(
 def num_iterations(
     num_iterations: int,
     target_flops: float,
+    target_tokens: float,
     target_param_data_ratio: float,
     *,
     flops_per_token: float,
     num_scaling_params: int,
     total_batch_size: int,
 ) -> int:
-    """Length of the run in optimizer steps, by the first of three horizons that is set (> 0)."""
+    """Length of the run in optimizer steps, by the first of four horizons that is set (> 0)."""
     if num_iterations > 0:
         return num_iterations
+    tokens = num_tokens(
+        target_flops,
+        target_tokens,
+        target_param_data_ratio,
+        flops_per_token=flops_per_token,
+        num_scaling_params=num_scaling_params,
+    )
+    return max(1, round(tokens / total_batch_size))
+
+
+def num_tokens(
+    target_flops: float,
+    target_tokens: float,
+    target_param_data_ratio: float,
+    *,
+    flops_per_token: float,
+    num_scaling_params: int,
+) -> float:
+    """Tokens to train on, by the first of three horizons that is set (> 0)."""
     if target_flops > 0:
-        return max(1, round(target_flops / (flops_per_token * total_batch_size)))
+        return target_flops / flops_per_token
+    if target_tokens > 0:
+        return target_tokens
     if target_param_data_ratio > 0:
-        return max(1, round(target_param_data_ratio * num_scaling_params / total_batch_size))
+        return target_param_data_ratio * num_scaling_params
     raise UserError(
-        "no training horizon: set one of --num_iterations, --target_flops, "
+        "no training horizon: set one of --num_iterations, --target_flops, --target_tokens, "
         "--target_param_data_ratio"
     )
 

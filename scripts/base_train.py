@@ -25,7 +25,13 @@ from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
-from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
+from nanochat.recipe import settle
+from nanochat.schedule import (
+    decay_multiplier,
+    grad_accum_steps,
+    lr_multiplier,
+    muon_momentum,
+)
 from nanochat.start import base_meta, continued_config, load_base, lr_frac
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
@@ -41,7 +47,7 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass
-class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
+class Args(flags.HorizonFlags, flags.CacheFlags):
     """Pretrain a base model."""
 
     arch: str | None = None
@@ -67,14 +73,6 @@ class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     base_data/."""
     val_data: str | None = None
     """Validation file; default: the last file of --data, pinned at first use."""
-    num_iterations: int = -1
-    """Optimizer steps; -1: use one of the next two."""
-    target_flops: float = -1.0
-    """Train for this many FLOPs; -1: use the next."""
-    target_param_data_ratio: float = 20.0
-    """Train on this many tokens per parameter (20: Hoffmann et al., arXiv 2203.15556)."""
-    total_batch_size: int = 524_288
-    """Tokens in one optimizer step, over all ranks."""
     core_metric_every: int = 2000
     """Steps between CORE evaluations; -1: never."""
     core_metric_max_per_task: int = 500
@@ -125,26 +123,19 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         config, default_tag = make_config(
             args.arch, args.depth, tokenizer.get_vocab_size(), args.max_seq_len
         )
-    grad_accum_steps(
-        args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
-    )
     model = build_model(config, info.device, seed=args.seed)
     started_from = None
     if args.source_tag:
         started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
     args.init_lr_frac = lr_frac(args.init_lr_frac, source_meta)
+    num_steps = settle(args, model, args.max_seq_len * info.world_size)
+    grad_accum_steps(
+        args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
+    )
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-        args.init_lr_frac,
+        args.init_lr_frac, args.scalar_lr,
     )  # fmt: skip
-    num_steps = num_iterations(
-        args.num_iterations,
-        args.target_flops,
-        args.target_param_data_ratio,
-        flops_per_token=model.flops_per_token(),
-        num_scaling_params=sum(p.numel() for p in model.parameters()),
-        total_batch_size=args.total_batch_size,
-    )
     rows_per_step = args.total_batch_size // args.max_seq_len
     reader.expect(num_steps * rows_per_step)
     loader = StepLoader(
@@ -207,7 +198,8 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         batches_of_step = loader.step(step)
         for shard in reader.opened():
             trainer.log("shard", **shard)
-        trainer.step(batches_of_step, lr_mul, muon_momentum(step))
+        decay = decay_multiplier(step, num_steps)
+        trainer.step(batches_of_step, lr_mul, muon_momentum(step), decay)
 
 
 if __name__ == "__main__":
