@@ -21,7 +21,7 @@ from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum
 from nanochat.start import Start, start_from
 from nanochat.tasks.custom import load_own
 from nanochat.tasks.mixture import TaskMixture, build_mixture
-from nanochat.train import Trainer, autocast
+from nanochat.train import Trainer
 
 
 @dataclass
@@ -167,7 +167,7 @@ def validation_loss(
         RowReader(source, args.max_seq_len + 1, 0, bos), args.eval_tokens, args.device_batch_size,
         info.rank, info.world_size, info.device,
     )  # fmt: skip
-    with autocast(info.device):
+    with trainer.autocast():
         return evaluate_loss(trainer.model, trainer.until_stopping(batches))
 
 
