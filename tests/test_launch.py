@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from pathlib import Path
@@ -46,10 +45,10 @@ def test_a_signal_is_the_runs_to_answer(tmp_path: Path) -> None:
     def send() -> None:
         while not ready.exists():
             time_to_wait.wait(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for signum in (signal.SIGINT, signal.SIGTERM):  # from outside they come to this thread
+            signal.pthread_kill(main, signum)
 
-    time_to_wait = threading.Event()
+    time_to_wait, main = threading.Event(), threading.get_ident()
     thread = threading.Thread(target=send)
     thread.start()
     assert launch(["python", "-c", program]) == 5
