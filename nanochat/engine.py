@@ -28,13 +28,16 @@ from nanochat.execution import calculate
 class KVCache:
     """Keys and values of every layer for a batch of rows, each with its own length.
 
-    Tensors are (B, K, S, E) in the dtype the model computes in; S grows by allocation and copy."""
+    Tensors are (B, K, S, E) in the dtype the model computes in; S grows by allocation and copy.
+    Models that ask for previous() have their tokens held too."""
 
     def __init__(self, n_layer: int, batch: int, device: torch.device | str = "cpu") -> None:
         self.device = device
         self.lengths = [0] * batch  # tokens held by each row; on the host, so no sync is needed
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
-        self._mask: tuple[int, Tensor | None] | None = None  # of the pass under way
+        # (B, 1 + S): -1, which stands before every row, then the row's tokens.
+        self.ids: Tensor | None = None
+        self._masks: dict[tuple[int, int | None], Tensor] = {}  # of the pass under way
 
     def positions(self, T: int) -> Tensor:
         """(B, T): where the next T tokens of each row stand."""
@@ -45,15 +48,38 @@ class KVCache:
         """One more than the last of these positions in any row."""
         return max(self.lengths) + T
 
-    def mask(self, T: int) -> Tensor | None:
-        """(B, 1, T, S): True where a new token may look. None: all rows are empty, plain causal."""
-        if max(self.lengths) == 0:
+    def mask(self, T: int, window: int | None = None) -> Tensor | None:
+        """(B, 1, T, S): True where a new token may look: `window` positions back, its own included
+        (None: all the way). None: all rows are empty and no window is exceeded, plain causal."""
+        if max(self.lengths) == 0 and (window is None or window >= T):
             return None
-        if self._mask is None or self._mask[0] != T:
+        if (T, window) not in self._masks:
             keys = torch.arange(self.end(T), device=self.device)  # (S,)
-            visible = keys <= self.positions(T)[:, :, None]  # (B, T, S)
-            self._mask = (T, visible[:, None])
-        return self._mask[1]
+            at = self.positions(T)[:, :, None]  # (B, T, 1)
+            visible = keys <= at  # (B, T, S)
+            if window is not None:
+                visible = visible & (keys > at - window)
+            self._masks[T, window] = visible[:, None]
+        return self._masks[T, window]
+
+    def previous(self, idx: Tensor) -> Tensor:
+        """(B, T) ids of the pass under way -> (B, T) ids of the tokens before them in their rows,
+        -1 before a row's first. For models that mix a token with the one before.
+
+        Such a model must ask in every pass, or the tokens of the others are unknown: ValueError if
+        the cache was filled without being asked."""
+        B, T = idx.shape
+        end = self.end(T)
+        if self.ids is None and end > T:
+            raise ValueError("previous() of a cache that was filled without being asked for it")
+        if self.ids is None or self.ids.size(1) < 1 + end:
+            fresh = idx.new_full((B, 1 + self._size(end)), -1)
+            if self.ids is not None:
+                fresh[:, : self.ids.size(1)] = self.ids
+            self.ids = fresh
+        rows, at = torch.arange(B, device=idx.device)[:, None], self.positions(T)
+        self.ids[rows, at + 1] = idx
+        return self.ids[rows, at]
 
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends (B, K, T, E) keys and values; returns all of them, (B, K, S, E)."""
@@ -71,10 +97,16 @@ class KVCache:
         return held[0][:, :, :end], held[1][:, :, :end]
 
     @staticmethod
-    def _grown(held: tuple[Tensor, Tensor] | None, like: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    def _size(end: int) -> int:
         """Room for `end` positions and half as many again, in chunks of 64."""
+        return -(-(end * 3 // 2) // 64) * 64
+
+    @classmethod
+    def _grown(
+        cls, held: tuple[Tensor, Tensor] | None, like: Tensor, end: int
+    ) -> tuple[Tensor, Tensor]:
         B, K, _, E = like.shape
-        size = -(-(end * 3 // 2) // 64) * 64
+        size = cls._size(end)
         fresh = (like.new_zeros(B, K, size, E), like.new_zeros(B, K, size, E))
         if held is not None:
             for old, new in zip(held, fresh):
@@ -84,20 +116,22 @@ class KVCache:
     def advance(self, T: int) -> None:
         """The T tokens of the pass that has ended now count as held."""
         self.lengths = [n + T for n in self.lengths]
-        self._mask = None
+        self._masks = {}
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Shortens rows to their true lengths after a padded prompt."""
-        self.lengths, self._mask = list(lengths), None
+        self.lengths, self._masks = list(lengths), {}
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order; a row may be named more than once."""
-        self.lengths, self._mask = [self.lengths[r] for r in rows], None
+        self.lengths, self._masks = [self.lengths[r] for r in rows], {}
         index = torch.tensor(rows, device=self.device)
         self.layers = [
             None if kv is None else (kv[0].index_select(0, index), kv[1].index_select(0, index))
             for kv in self.layers
         ]
+        if self.ids is not None:
+            self.ids = self.ids.index_select(0, index)
 
 
 def sample(

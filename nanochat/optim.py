@@ -2,12 +2,18 @@
 The optimizer: Muon for the weight matrices, AdamW for everything else, on one rank or many.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by
-the nearest orthogonal matrix, found by a few Newton-Schulz steps, so that every direction of the
-matrix learns at the same speed. AdamW is Loshchilov & Hutter (arXiv 1711.05101).
+the nearest orthogonal matrix, so that every direction of the matrix learns at the same speed. The
+nearest orthogonal matrix is found by Polar Express (Amsel et al., arXiv 2505.16932); NorMuon (Li et
+al., arXiv 2510.05491) then gives the neurons of a matrix equal steps over time; weights decay only
+where the step shrinks them anyway (cautious weight decay, arXiv 2510.12402). AdamW is Loshchilov &
+Hutter (arXiv 1711.05101).
 
 With N ranks every parameter has one owner. A step has three phases: gradients are summed to their
 owners, each owner updates what it owns (and alone keeps its state), updated parameters are sent
 back. One rank is the same code with nothing to send. Parameters may have any shape.
+
+All that changes from step to step reaches the arithmetic as tensors, and nothing of it is read back
+on the host: on a GPU the step is compiled once and launched without waiting.
 """
 
 from __future__ import annotations
@@ -26,10 +32,17 @@ from nanochat.common import UserError
 from nanochat.distributed import all_reduce_sum, rank_and_world
 from nanochat.schedule import width_lr_scale
 
-# Quintic Newton-Schulz coefficients: steepest slope at zero that still keeps singular values
-# within about [0.7, 1.2] (Jordan et al.).
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-NS_STEPS = 5
+# Polar Express: the best quintic of each of five iterations for singular values from 1e-3 to 1
+# (their algorithm 1 with a safety factor of 1.02, cushion 0.02; tests/test_optim.py derives them).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+POLAR_SAFETY = 1.01  # norms in bfloat16 are this inexact, and above 1 the iteration diverges
+NORMUON_BETA2 = 0.9
 
 
 @dataclass
@@ -46,28 +59,98 @@ class ParamGroup:
 
 def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Approximately the nearest orthogonal matrix of each matrix: (..., R, C) -> (..., R, C)."""
-    a, b, c = NS_COEFFICIENTS
     tall = x.size(-2) > x.size(-1)
     x = x.to(dtype)
     x = x.mT if tall else x  # the Gram matrix is then the smaller one
     # Frobenius norm 1 bounds the spectral norm by 1, where the iteration converges.
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(NS_STEPS):
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * POLAR_SAFETY).clamp(min=1e-7)
+    for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
 
+def neuron_dim(shape: torch.Size) -> int:
+    """The dimension along which NorMuon averages: that of the shorter vectors' entries, so that a
+    tall matrix has one second moment a row and a wide one one a column."""
+    return -1 if shape[-2] >= shape[-1] else -2
+
+
+def muon_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    second: list[Tensor],
+    lr: Tensor,
+    momentum: Tensor,
+    decay: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """One Muon step of matrices of one shape (R, C), in place.
+
+    `scale` multiplies the gradients; where it is 0 nothing moves. `decay` is the share of the
+    weights that goes, learning rate included."""
+    alive = scale > 0
+    grad = torch.where(alive, torch.stack(grads) * scale, 0.0)  # (n, R, C); 0 * NaN would be NaN
+    buffer = torch.stack(momenta)
+    buffer = buffer.lerp(grad, (1 - momentum) * alive)
+    x = orthogonalize(grad.lerp(buffer, momentum), dtype).to(grad.dtype)  # Nesterov's look ahead
+    # NorMuon: divide each neuron's part by its running root mean square, keep the matrix's norm.
+    square = x.square().mean(neuron_dim(x.shape), keepdim=True)  # (n, R, 1) or (n, 1, C)
+    moments = torch.stack(second).lerp(square, (1 - NORMUON_BETA2) * alive)
+    inverse = moments.clamp(min=1e-10).rsqrt()
+    kept = (square.sum((-2, -1), keepdim=True) / (square * inverse.square()).sum(
+        (-2, -1), keepdim=True
+    ).clamp(min=1e-10)).sqrt()  # fmt: skip
+    x = x * (inverse * kept)
+    # Tall matrices get longer steps, so that outputs move alike whatever the shape.
+    step_size = lr * alive * max(1.0, x.size(-2) / x.size(-1)) ** 0.5
+    weights = torch.stack(params)
+    decayed = weights * (x * weights >= 0) * (decay * alive)
+    torch._foreach_copy_(params, list((weights - step_size * x - decayed).unbind()))
+    torch._foreach_copy_(momenta, list(buffer.unbind()))
+    torch._foreach_copy_(second, list(moments.unbind()))
+
+
+def adamw_update(
+    p: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    decay: Tensor,
+    bias1: Tensor,
+    bias2: Tensor,
+    scale: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One AdamW step of a tensor of any shape, in place; bias1 and bias2 are 1 - beta**steps.
+
+    `scale` and `decay` as for muon_update."""
+    alive = scale > 0
+    grad = torch.where(alive, grad * scale, 0.0)
+    exp_avg.lerp_(grad, (1 - betas[0]) * alive)
+    exp_avg_sq.lerp_(grad.square(), (1 - betas[1]) * alive)
+    step = exp_avg / bias1 / (exp_avg_sq / bias2).sqrt().add(eps)
+    p.sub_(p * (decay * alive)).sub_(step * (lr * alive))
+
+
 class MuonAdamW:
     """See the module docstring. `step` takes what the schedule says for this step."""
 
-    def __init__(self, groups: list[ParamGroup]) -> None:
+    def __init__(self, groups: list[ParamGroup], compiled: bool = False) -> None:
+        """compiled: fuse each update with torch.compile (about a minute the first time)."""
         self.groups = groups
         self.state: dict[str, dict[str, Tensor]] = defaultdict(dict)  # of owned parameters only
         self.num_steps = 0  # steps taken, for AdamW's bias correction
         self.rank, self.world_size = rank_and_world()
         self.named = {name: p for group in groups for name, p in group.params.items()}
         self.owner = self._assign_owners()
+        compile = torch.compile if compiled else lambda update, **_: update
+        self._muon_update: Callable[..., None] = compile(muon_update, dynamic=False)
+        self._adamw_update: Callable[..., None] = compile(adamw_update, dynamic=False)
 
     def _assign_owners(self) -> dict[str, int]:
         """Largest parameter first, each to the rank with the least so far: balanced within one
@@ -88,30 +171,32 @@ class MuonAdamW:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, lr_multiplier: float, momentum: float = 0.95, grad_clip: float = 0.0) -> float:
-        """Takes one step with gradients summed over ranks; returns their global norm.
+    def step(
+        self,
+        lr_multiplier: float,
+        momentum: float = 0.95,
+        grad_clip: float = 0.0,
+        decay_multiplier: float = 1.0,
+    ) -> Tensor:
+        """Takes one step with gradients summed over ranks; returns their global norm, a 0-d tensor.
 
         The norm is that of the whole gradient, after the sum, so it and the clipping are the same
-        at any number of ranks. A gradient that is not finite is a UserError before anything moves.
-        """
+        at any number of ranks. If it is not finite nothing moves: whoever reads it on the host
+        should hand it to refuse_divergence()."""
         self._reduce_gradients()
         norm = self._global_norm()
-        if not math.isfinite(norm):
-            raise UserError(
-                f"the gradient of step {self.num_steps} has norm {norm}; lower --matrix_lr, "
-                "--embedding_lr and --unembedding_lr, or set --grad_clip=1.0"
-            )
-        scale = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip > 0 else 1.0
+        clip = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip > 0 else norm.new_ones(())
+        scale = torch.where(norm.isfinite(), clip, 0.0)
         self.num_steps += 1
         for group in self.groups:
-            params = self.owned(group)
-            if scale != 1.0:
-                for p in params.values():
-                    p.grad.mul_(scale)  # type: ignore[union-attr]
+            lr = group.lr * lr_multiplier
+            decay = lr * group.weight_decay * decay_multiplier
+            # Numbers would be constants of the compiled step, and each new value compile it again
+            rates = (torch.tensor(lr), torch.tensor(decay))
             if group.kind == "muon":
-                self._muon(params, group, group.lr * lr_multiplier, momentum)
+                self._muon(group, rates, torch.tensor(momentum), scale)
             else:
-                self._adamw(params, group, group.lr * lr_multiplier)
+                self._adamw(group, rates, scale)
         self._broadcast_parameters()
         return norm
 
@@ -125,13 +210,12 @@ class MuonAdamW:
                 for name, p in self.named.items()
             )
 
-    def _global_norm(self) -> float:
+    def _global_norm(self) -> Tensor:
         mine = [p.grad for n, p in self.named.items() if self.owner[n] == self.rank]
-        device = next(iter(self.named.values())).device
-        total = torch.zeros((), device=device)
-        for grad in mine:
-            total += grad.float().square().sum()  # type: ignore[union-attr]
-        return float(all_reduce_sum(total).sqrt())
+        total = torch.zeros((), device=next(iter(self.named.values())).device)
+        if mine:
+            total = torch.stack(torch._foreach_norm(mine)).float().square().sum()  # type: ignore[arg-type]
+        return all_reduce_sum(total).sqrt()
 
     def _broadcast_parameters(self) -> None:
         if self.world_size > 1:
@@ -147,48 +231,62 @@ class MuonAdamW:
             work.wait()
 
     def _muon(
-        self, params: dict[str, nn.Parameter], group: ParamGroup, lr: float, momentum: float
+        self, group: ParamGroup, rates: tuple[Tensor, Tensor], momentum: Tensor, scale: Tensor
     ) -> None:
-        """Nesterov momentum, orthogonalised; matrices of one shape go through in one batch."""
+        """Matrices of one shape go through in one batch."""
         by_shape: dict[torch.Size, list[str]] = defaultdict(list)
-        for name, p in params.items():
+        for name, p in self.owned(group).items():
             by_shape[p.shape].append(name)
-        for shape, names in by_shape.items():
-            updates = []
-            for name in names:
-                grad = params[name].grad
-                assert grad is not None
-                state = self.state[name]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(grad)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(grad, 1 - momentum)
-                updates.append(grad.lerp(buffer, momentum))
+        for names in by_shape.values():
+            params = [group.params[n] for n in names]
+            states = [self._state(n, group) for n in names]
             # bfloat16 is enough for directions, and native on GPUs; elsewhere it is slow or absent.
-            dtype = torch.bfloat16 if updates[0].is_cuda else torch.float32
-            directions = orthogonalize(torch.stack(updates), dtype)
-            # Tall matrices get longer steps, so that outputs move alike whatever the shape.
-            step_size = lr * max(1.0, shape[0] / shape[1]) ** 0.5
-            for name, direction in zip(names, directions):
-                p = params[name]
-                p.mul_(1 - lr * group.weight_decay)
-                p.add_(direction.to(p.dtype), alpha=-step_size)
+            dtype = torch.bfloat16 if scale.is_cuda else torch.float32
+            self._muon_update(
+                params,
+                [p.grad for p in params],
+                [s["momentum_buffer"] for s in states],
+                [s["neuron_moment"] for s in states],
+                rates[0],
+                momentum,
+                rates[1],
+                scale,
+                dtype,
+            )
 
-    def _adamw(self, params: dict[str, nn.Parameter], group: ParamGroup, lr: float) -> None:
-        beta1, beta2 = group.betas
-        for name, p in params.items():
-            state, grad = self.state[name], p.grad
-            assert grad is not None
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-            p.mul_(1 - lr * group.weight_decay)
-            state["exp_avg"].lerp_(grad, 1 - beta1)
-            state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            bias1 = 1 - beta1**self.num_steps
-            bias2 = 1 - beta2**self.num_steps
-            denominator = (state["exp_avg_sq"] / bias2).sqrt_().add_(group.eps)
-            p.addcdiv_(state["exp_avg"], denominator, value=-lr / bias1)
+    def _adamw(self, group: ParamGroup, rates: tuple[Tensor, Tensor], scale: Tensor) -> None:
+        bias1, bias2 = (torch.tensor(1 - beta**self.num_steps) for beta in group.betas)
+        for name, p in self.owned(group).items():
+            state = self._state(name, group)
+            self._adamw_update(
+                p,
+                p.grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                *rates,
+                bias1,
+                bias2,
+                scale,
+                group.betas,
+                group.eps,
+            )
+
+    # ---------------------------------------------------------------------------------------------
+    # State
+
+    @staticmethod
+    def _empty_state(group: ParamGroup, p: Tensor) -> dict[str, Tensor]:
+        """What a parameter of that group remembers, before its first step."""
+        if group.kind != "muon":
+            return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        shape = list(p.shape)
+        shape[neuron_dim(p.shape)] = 1
+        return {"momentum_buffer": torch.zeros_like(p), "neuron_moment": p.new_zeros(shape)}
+
+    def _state(self, name: str, group: ParamGroup) -> dict[str, Tensor]:
+        if name not in self.state:
+            self.state[name] = self._empty_state(group, group.params[name].detach())
+        return self.state[name]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as "<parameter>/<entry>" copies on the CPU, on rank 0 ({} elsewhere).
@@ -196,18 +294,18 @@ class MuonAdamW:
         It knows nothing of the number of ranks; any number may load it. All ranks must call."""
         result: dict[str, Tensor] = {}
         for group in self.groups:
-            entries = ("momentum_buffer",) if group.kind == "muon" else ("exp_avg", "exp_avg_sq")
             for name, p in group.params.items():
-                for entry in entries:
-                    held = self.state[name].get(entry) if self.owner[name] == self.rank else None
-                    tensor = self._to_rank0(held, p, self.owner[name])
+                mine = self.owner[name] == self.rank
+                # Other ranks' entries are received into tensors of the same shapes
+                empty = self._empty_state(group, p.detach()) if not mine else {}
+                for entry, held in (self._state(name, group) if mine else empty).items():
+                    tensor = self._to_rank0(held, self.owner[name])
                     if self.rank == 0:
                         result[f"{name}/{entry}"] = tensor.to("cpu", copy=True)
         return result
 
-    def _to_rank0(self, held: Tensor | None, like: Tensor, owner: int) -> Tensor:
-        """Moves the owner's tensor (zeros if it has none yet) to rank 0."""
-        tensor = held if held is not None else torch.zeros_like(like)
+    def _to_rank0(self, tensor: Tensor, owner: int) -> Tensor:
+        """Moves the owner's tensor to rank 0, into what that gives."""
         if owner != 0 and self.rank == owner:
             dist.send(tensor.contiguous(), dst=0)
         elif owner != 0 and self.rank == 0:
@@ -218,10 +316,38 @@ class MuonAdamW:
         """Takes the owned part of a saved state; `get("<parameter>/<entry>")` reads one tensor."""
         self.num_steps = num_steps
         for group in self.groups:
-            entries = ("momentum_buffer",) if group.kind == "muon" else ("exp_avg", "exp_avg_sq")
             for name, p in self.owned(group).items():
-                for entry in entries:
+                for entry in self._state(name, group):
                     self.state[name][entry] = get(f"{name}/{entry}").to(p.device, copy=True)
+
+
+def refuse_divergence(norm: float, step: int) -> None:
+    """UserError if the norm that a step returned is not finite; that step has moved nothing."""
+    if not math.isfinite(norm):
+        raise UserError(
+            f"the gradient of step {step} has norm {norm}; lower --matrix_lr, "
+            "--embedding_lr and --unembedding_lr, or set --grad_clip=1.0"
+        )
+
+
+# How each kind of parameter that a model names (param_groups) is optimized by AdamW: which rate, in
+# what share, with which betas. Rates of tables and head are for width 768 and fall with its root.
+@dataclass(frozen=True)
+class AdamWKind:
+    rate: str  # "embedding_lr" | "unembedding_lr" | "scalar_lr"
+    share: float = 1.0
+    betas: tuple[float, float] = (0.8, 0.95)
+
+
+ADAMW_KINDS = {
+    "embedding": AdamWKind("embedding_lr"),
+    "value_embedding": AdamWKind("embedding_lr", 0.5),
+    "head": AdamWKind("unembedding_lr"),
+    "vector": AdamWKind("unembedding_lr"),  # norm weights and biases
+    "residual_scale": AdamWKind("scalar_lr", 0.01),  # each moves the whole stream
+    "embedding_scale": AdamWKind("scalar_lr", betas=(0.96, 0.95)),
+    "gate": AdamWKind("scalar_lr", 0.4),
+}
 
 
 def make_optimizer(
@@ -231,20 +357,26 @@ def make_optimizer(
     matrix_lr: float,
     weight_decay: float = 0.0,
     lr_frac: float = 1.0,
+    scalar_lr: float = 0.5,
+    compiled: bool = False,
 ) -> MuonAdamW:
     """The optimizer for a model of ours. AdamW rates are for width 768 and scale by 1/sqrt(width);
-    `lr_frac` scales all of them (finetuning)."""
+    `lr_frac` scales all of them (finetuning). Only matrices decay: rows of tables that are seldom
+    seen would fade."""
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = {
-        kind: {names[id(p)]: p for p in params} for kind, params in model.param_groups().items()
+    width = width_lr_scale(model.config.n_embd)
+    rates = {
+        "embedding_lr": embedding_lr * width,
+        "unembedding_lr": unembedding_lr * width,
+        "scalar_lr": scalar_lr,
     }
-    adam_scale = width_lr_scale(model.config.n_embd) * lr_frac
-    return MuonAdamW(
-        [
-            ParamGroup("muon", groups["matrix"], matrix_lr * lr_frac, weight_decay),
-            ParamGroup("adamw", groups["embedding"], embedding_lr * adam_scale, weight_decay),
-            ParamGroup("adamw", groups["head"], unembedding_lr * adam_scale, weight_decay),
-            # Norm weights and biases: the head's rate, never decayed.
-            ParamGroup("adamw", groups["vector"], unembedding_lr * adam_scale),
-        ]
-    )
+    groups = []
+    for kind, tensors in model.param_groups().items():
+        params = {names[id(p)]: p for p in tensors}
+        if kind == "matrix":
+            groups.append(ParamGroup("muon", params, matrix_lr * lr_frac, weight_decay))
+            continue
+        how = ADAMW_KINDS[kind]
+        lr = rates[how.rate] * how.share * lr_frac
+        groups.append(ParamGroup("adamw", params, lr, betas=how.betas))
+    return MuonAdamW(groups, compiled)

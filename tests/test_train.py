@@ -50,13 +50,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def base(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shared world as the base directory of this test; runs use tags of their own."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
-    return world
-
-
 def log_path(stage: str, tag: str) -> Path:
     return run_dir(stage, tag) / LOG
 

@@ -15,14 +15,26 @@ import torch
 from nanochat.common import UserError
 from nanochat.models.gpt import GPT, GPTConfig
 from nanochat.models.qwen import SIZES, Qwen, QwenConfig
+from nanochat.models.turbo import Turbo, TurboConfig
 
-__all__ = ["GPT", "SIZES", "GPTConfig", "Qwen", "QwenConfig", "build_model", "make_config"]
+__all__ = [
+    "GPT",
+    "SIZES",
+    "GPTConfig",
+    "Qwen",
+    "QwenConfig",
+    "Turbo",
+    "TurboConfig",
+    "build_model",
+    "make_config",
+]
 
-Model = GPT | Qwen
-Config = GPTConfig | QwenConfig
+Model = GPT | Qwen | Turbo
+Config = GPTConfig | QwenConfig | TurboConfig
 
 ARCHITECTURES: dict[str, tuple[type[Any], type[Any]]] = {
     "gpt": (GPT, GPTConfig),
+    "turbo": (Turbo, TurboConfig),
     "qwen2.5": (Qwen, QwenConfig),
 }
 

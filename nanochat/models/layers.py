@@ -21,7 +21,9 @@ class KVCacheLike(Protocol):
     def positions(self, T: int) -> Tensor: ...  # (B, T): where the T new tokens of each row stand
     def end(self, T: int) -> int: ...  # one more than the largest of them, known without a sync
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-    def mask(self, T: int) -> Tensor | None: ...  # (B, 1, T, S) True = visible; None = plain causal
+    # (B, 1, T, S): True = visible to a token that sees `window` positions; None = plain causal
+    def mask(self, T: int, window: int | None = None) -> Tensor | None: ...
+    def previous(self, idx: Tensor) -> Tensor: ...  # (B, T) ids -> ids of the tokens before them
     def advance(self, T: int) -> None: ...
 
 
@@ -84,19 +86,36 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
+def window_mask(T: int, window: int, device: torch.device | str | None = None) -> Tensor:
+    """(T, T): True where the token of a row may look at that of a column, itself included."""
+    at = torch.arange(T, device=device)
+    distance = at[:, None] - at  # (T, T): how far back
+    return (distance >= 0) & (distance < window)
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_cache: KVCacheLike | None = None, layer: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCacheLike | None = None,
+    layer: int = 0,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention, grouped when K < H: (B, T, H, E), (B, T, K, E) twice -> (B, T, H * E).
 
     With a cache the new keys and values are appended to it first, and each new token sees all that
-    stands before it in its own row."""
+    stands before it in its own row. `window` is how many positions a token sees, its own included
+    (None: all); ValueError if that is none at all."""
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: a token must at least see itself")
     B, T, H, E = q.shape
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
     mask = None
-    if kv_cache is not None:
-        mask = kv_cache.mask(T)
-        k, v = kv_cache.insert(layer, k, v)  # (B, K, S, E)
+    if cache is not None:
+        mask = cache.mask(T, window)
+        k, v = cache.insert(layer, k, v)  # (B, K, S, E)
+    elif window is not None and window < T:
+        mask = window_mask(T, window, q.device)
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
     )

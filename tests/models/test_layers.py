@@ -137,14 +137,15 @@ def test_rotary_table_is_not_in_a_checkpoint() -> None:
 # ---- attention -----------------------------------------------------------------------------------
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 10**9) -> Tensor:
     """One query at a time: (T, H, E), (T, K, E), (T, K, E) -> (T, H * E)."""
     T, H, E = q.shape
     group = H // k.size(1)
     y = torch.zeros(T, H, E)
     for t in range(T):
         for h in range(H):
-            keys, values = k[: t + 1, h // group], v[: t + 1, h // group]
+            seen = slice(max(0, t + 1 - window), t + 1)
+            keys, values = k[seen, h // group], v[seen, h // group]
             weights = (keys @ q[t, h] / math.sqrt(E)).exp()
             y[t, h] = weights @ values / weights.sum()
     return y.flatten(1)
@@ -158,6 +159,25 @@ def test_attention_is_the_naive_one(heads: int, kv_heads: int) -> None:
     assert y.shape == (2, 7, heads * 4)
     for row in range(2):
         assert torch.allclose(y[row], naive_attention(q[row], k[row], v[row]), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 6, 7, 8, 100])
+def test_a_window_hides_what_is_further_back(window: int) -> None:
+    """Of 7 positions. A window of 1 is the token itself: the output is its own value."""
+    q, k, v = (random(2, 7, heads, 4, seed=i) for i, heads in enumerate((4, 2, 2)))
+    y = attention(q, k, v, window=window)
+    for row in range(2):
+        expected = naive_attention(q[row], k[row], v[row], window)
+        assert torch.allclose(y[row], expected, atol=1e-5)
+    if window == 1:
+        assert torch.allclose(y.view(2, 7, 4, 4), v.repeat_interleave(2, dim=2), atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_nothing_is_refused(window: int) -> None:
+    q = random(1, 3, 1, 4)
+    with pytest.raises(ValueError, match=f"window={window}"):
+        attention(q, q, q, window=window)
 
 
 # ---- loss ----------------------------------------------------------------------------------------
