@@ -199,7 +199,7 @@ class Trainer:
         if self.args.repeats is None:
             return
         log = find_log(self.args.repeats)
-        if log == self.log_path:
+        if log.resolve() == self.log_path.resolve():
             raise UserError(
                 f"--model_tag={self.tag} is the run to repeat, and would be replaced by its "
                 "repetition; give another --model_tag"

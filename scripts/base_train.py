@@ -7,7 +7,7 @@ Pretrains a base model on text: the first and longest stage.
 
 --depth sets the size of the model; --arch its kind (gpt, qwen2.5, or a published Qwen2.5 size). The
 length follows from --num_iterations, --target_flops or --target_param_data_ratio, the first that
-is set. Checkpoints go to base_checkpoints/<tag>/, metrics to report/train_base_<tag>.jsonl.
+is set. Checkpoints go to base_checkpoints/<tag>/, with the log of the run, which can repeat it.
 """
 
 from __future__ import annotations
