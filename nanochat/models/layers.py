@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat.models.attention import attend
 from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
 
 
@@ -88,13 +89,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def window_mask(T: int, window: int, device: torch.device | str | None = None) -> Tensor:
-    """(T, T): True where the token of a row may look at that of a column, itself included."""
-    at = torch.arange(T, device=device)
-    distance = at[:, None] - at  # (T, T): how far back
-    return (distance >= 0) & (distance < window)
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -111,17 +105,15 @@ def attention(
     if window is not None and window < 1:
         raise ValueError(f"window={window}: a token must at least see itself")
     B, T, H, E = q.shape
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
-    mask = None
     if cache is not None:
         mask = cache.mask(T, window)
-        k, v = cache.insert(layer, k, v)  # (B, K, S, E)
-    elif window is not None and window < T:
-        mask = window_mask(T, window, q.device)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
-    )
-    return y.transpose(1, 2).reshape(B, T, H * E)
+        held = cache.insert(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, E) each
+        if mask is not None:
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), *held, attn_mask=mask, enable_gqa=k.size(2) != H
+            )
+            return y.transpose(1, 2).reshape(B, T, H * E)
+    return attend(q, k, v, window).reshape(B, T, H * E)
 
 
 def token_losses(
