@@ -74,8 +74,12 @@ def choose_attention(
             break
         missing.append(f"{name}: {reason}")
     else:
-        raise UserError(f"--attention={wanted} does not work here ({'; '.join(missing)}); "
-                        "use --attention=auto")  # fmt: skip
+        if wanted != "auto":
+            raise UserError(
+                f"--attention={wanted} does not work here ({'; '.join(missing)}); "
+                "use --attention=auto"
+            )
+        name = "sdpa"
     _chosen[key] = name
     what = f"heads of {head_dim}" + (f", window {window}" if window else "")
     line = f"attention: {name} for {str(dtype).removeprefix('torch.')}, {what}"
@@ -158,8 +162,10 @@ def _difference(
     off = (found - expected).norm(dim=-1) / expected.norm(dim=-1)  # (1, T, H): of each output
     if not float(off.max()) <= OUTPUT_TOLERANCE:  # `not <=` catches NaN too
         return f"wrong outputs, off by {float(off.max()):.2g} of themselves"
+    # With a window of 1 nothing depends on q and k: what is left there is rounding, beside v's.
+    least = 0.01 * expected_grads[2].norm()
     for which, a, b in zip("qkv", found_grads, expected_grads):
-        error = float((a - b).norm() / b.norm())
+        error = float((a - b).norm() / torch.maximum(b.norm(), least))
         if not error <= GRADIENT_TOLERANCE:
             return f"wrong gradient in {which}, off by {error:.2g} of itself"
     return None
@@ -173,9 +179,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor
     twice -> (B, T, H, E). `window`: how many positions a token sees, its own included."""
     if window is not None and window >= q.size(1):
         window = None
-    dtype, device = q.dtype, q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device = q.device.type
+    dtype = autocast_dtype(device) or q.dtype
     name = _chosen.get((device, dtype, q.size(3), window), "sdpa")
     if name in ("fa3", "flex"):  # autocast does not know these
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -206,6 +211,15 @@ def _run(
     order = SDPA_ORDER[name]
     with sdpa_kernel(order[:1] if alone else order, set_priority=True):
         return sdpa().transpose(1, 2)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast multiplies in here; None if it is off, or unknown to the device (meta)."""
+    if device_type not in ("cpu", "cuda", "mps", "xpu") or not torch.is_autocast_enabled(
+        device_type
+    ):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def window_mask(T: int, window: int, device: torch.device | str | None = None) -> Tensor:

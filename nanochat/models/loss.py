@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.models.attention import autocast_dtype
+
 # Bytes of a chunk's logits in float32. On a CPU they should stay in its cache; on a GPU they must
 # only be few beside everything else, and the chunks few too: compiled, their loop is unrolled.
 SUM_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
@@ -68,9 +70,8 @@ def _needs_gradient(x: Tensor, head: Tensor) -> bool:
 def _compute_dtype(x: Tensor, head: Tensor) -> torch.dtype:
     """What F.linear would multiply in here: autocast's dtype, if that is on. It is asked once, and
     the casts are written out, because it is off again in the backward pass."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if dtype := autocast_dtype(x.device.type):
+        return dtype
     if x.dtype != head.dtype:
         raise ValueError(f"hidden states are {x.dtype}, the head is {head.dtype}, no autocast")
     return x.dtype

@@ -166,6 +166,14 @@ def test_what_fails_its_probe_is_passed_over_and_said(
     assert torch.allclose(attend(q, k, v, window), plain(q, k, v, window), atol=1e-5)
 
 
+def test_where_all_fail_pytorch_chooses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert choose_among(monkeypatch, {"cudnn": broken, "math": wrong}) == "sdpa"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cudnn: RuntimeError" in said and "math: wrong" in said
+
+
 def test_what_is_wanted_must_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"flex: RuntimeError no kernel image.*--attention=auto"):
         choose_among(monkeypatch, {"flex": broken}, wanted="flex")
