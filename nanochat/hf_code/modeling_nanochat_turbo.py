@@ -3,11 +3,11 @@ nanochat's Turbo for Hugging Face transformers (5 or later): configuration and m
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-A GPT (rotary positions, normalised queries and keys, squared ReLU, norms without weights, softcapped
-logits) with: a table of value vectors on some layers, scalars on the residual stream and on a way
-back to the embedding, a look at the token before ("smear"), the middle of the network subtracted
-from its end ("backout"), and short attention windows on some layers. Padding may stand on either
-side; say where by attention_mask.
+A GPT (rotary positions, normalised queries and keys, squared ReLU, norms without weights, softly
+capped logits) with: a table of value vectors on some layers, scalars on the residual stream and on
+a way back to the embedding, a look at the token before ("smear"), the middle of the network
+subtracted from its end ("backout"), and short attention windows on some layers. Padding may stand
+on either side; say where by attention_mask.
 
 B batch rows, T new positions, S all positions, D width, H query heads, K key heads, E head width.
 """
@@ -91,7 +91,9 @@ class TurboAttention(nn.Module):
         self.c_proj = nn.Linear(D, D, bias=False)
         self.value_gate = None
         if layer in config.value_embedding_layers:
-            self.value_gate = nn.Linear(config.gate_channels, config.num_key_value_heads, bias=False)
+            self.value_gate = nn.Linear(
+                config.gate_channels, config.num_key_value_heads, bias=False
+            )
 
     def forward(
         self,

@@ -184,7 +184,9 @@ def _usage(chat: bool, tag: str, tokenizer: Tokenizer, own_code: bool) -> list[s
     specials = tokenizer.vocabulary.specials
     names = {id: name for name, id in specials.items()}
     trust = ", trust_remote_code=True" if own_code else ""
-    code = USE.format(path=json.dumps(tag), trust=trust) + (USE_CHAT if chat else USE_BASE) + USE_END
+    code = (
+        USE.format(path=json.dumps(tag), trust=trust) + (USE_CHAT if chat else USE_BASE) + USE_END
+    )
     lines = [code]
     if not chat:
         bos = names[tokenizer.get_bos_token_id()]
