@@ -132,7 +132,7 @@ def run_both_muons(steps: int = 6) -> tuple[float, float]:
 def test_the_muon_half_is_the_one_by_hand() -> None:
     difference, movement = run_both_muons()
     assert movement > 0.05
-    assert difference < 1e-5  # float32, and small singular values are enlarged up to 850 times
+    assert difference < 5e-6  # float32, and small singular values are enlarged up to 850 times
 
 
 IN_BFLOAT16 = """
