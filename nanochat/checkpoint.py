@@ -335,7 +335,11 @@ def optim_reader(folder: Path) -> Callable[[str], torch.Tensor]:
         try:
             return file.get_tensor(name)
         except SafetensorError as e:
-            raise UserError(f"{folder} has no optimizer state {name}: {e}") from e
+            raise UserError(
+                f"{folder} has no optimizer state {name}: another version of nanochat wrote it, "
+                "and its run cannot be resumed. Its weights are good: finetune from them, or train "
+                f"again under another --model_tag ({e})"
+            ) from e
 
     return get
 

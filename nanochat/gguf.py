@@ -73,11 +73,13 @@ def check_gguf(model: Any, tokenizer: Tokenizer) -> None:
     """Raises UserError, and says what stands in the way, unless `write_gguf` can write the model.
 
     Quick: for before an export that takes minutes."""
-    if arch_of(model.config) != "qwen2.5":
+    arch = arch_of(model.config)
+    if arch != "qwen2.5":
         raise UserError(
-            "--gguf: this model is a GPT, and llama.cpp has no such architecture (norms without "
-            "weights, normalised queries and keys, relu squared, softcapped logits). Leave --gguf "
-            "out: transformers loads the export. For llama.cpp train with --arch=qwen2.5"
+            f"--gguf: this model is a {type(model).__name__} (--arch={arch}), and llama.cpp has no "
+            "such architecture (norms without weights, normalised queries and keys, relu squared, "
+            "softcapped logits). Leave --gguf out: transformers loads the export. For llama.cpp "
+            "train with --arch=qwen2.5"
         )
     vocabulary = tokenizer.vocabulary
     if vocabulary.pattern not in PRE_TOKENIZERS:

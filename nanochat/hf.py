@@ -1,8 +1,9 @@
 """
 Our models under Hugging Face's names: parameter names and config.json, both ways, as tables.
 
-The GPT is transformers' NanoChatForCausalLM and Qwen is its Qwen2ForCausalLM, so a checkpoint
-changes sides by being renamed; no value is computed. A config.json that asks for anything our
+The GPT is transformers' NanoChatForCausalLM and Qwen is its Qwen2ForCausalLM; Turbo, which it does
+not have, brings a class of its own (hf_code/). So a checkpoint changes sides by being renamed; no
+value is computed. A config.json that asks for anything our
 models do not do is refused with the key's name: a model that loads is the model that was saved.
 scripts/hf_import.py and scripts/hf_export.py use it. Floor 3.
 """
@@ -13,11 +14,23 @@ import re
 from typing import Any
 
 from nanochat.common import UserError
-from nanochat.models import Config, GPTConfig, QwenConfig, arch_of
+from nanochat.models import Config, GPTConfig, QwenConfig, TurboConfig, arch_of, turbo
 from nanochat.models.gpt import LOGIT_SOFTCAP, ROPE_THETA
 
-MODEL_TYPES = {"gpt": "nanochat", "qwen2.5": "qwen2"}
-CLASSES = {"gpt": "NanoChatForCausalLM", "qwen2.5": "Qwen2ForCausalLM"}
+MODEL_TYPES = {"gpt": "nanochat", "turbo": "nanochat_turbo", "qwen2.5": "qwen2"}
+CLASSES = {
+    "gpt": "NanoChatForCausalLM",
+    "turbo": "NanochatTurboForCausalLM",
+    "qwen2.5": "Qwen2ForCausalLM",
+}
+# Where transformers finds classes it does not have: "<module of hf_code/>.<class>". The module
+# goes into the exported folder.
+AUTO_MAP = {
+    "turbo": {
+        "AutoConfig": "modeling_nanochat_turbo.NanochatTurboConfig",
+        "AutoModelForCausalLM": "modeling_nanochat_turbo.NanochatTurboForCausalLM",
+    }
+}
 
 # Our parameter names -> transformers'. N is a layer's number.
 GPT_NAMES = {
@@ -40,7 +53,19 @@ QWEN_NAMES = [
     "model.norm.weight",
     "lm_head.weight",
 ]
-TO_HF = {"gpt": GPT_NAMES, "qwen2.5": {name: name for name in QWEN_NAMES}}
+TURBO_NAMES = [
+    "wte.weight",
+    "value_embeds.N.weight",
+    *(f"h.N.attn.{x}.weight" for x in ("c_q", "c_k", "c_v", "c_proj", "value_gate")),
+    *(f"h.N.mlp.{x}.weight" for x in ("c_fc", "c_proj")),
+    *("residual_scale", "embedding_scale", "smear_scale", "backout_scale", "smear_gate.weight"),
+    "lm_head.weight",
+]
+TO_HF = {
+    "gpt": GPT_NAMES,
+    "turbo": {name: name for name in TURBO_NAMES},
+    "qwen2.5": {name: name for name in QWEN_NAMES},
+}
 FROM_HF = {arch: {hf: own for own, hf in names.items()} for arch, names in TO_HF.items()}
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -66,6 +91,7 @@ def _renamed(table: dict[str, str], name: str, complaint: str) -> str:
 # -------------------------------------------------------------------------------------------------
 # config.json
 
+THETAS = {"gpt": ROPE_THETA, "turbo": turbo.ROPE_THETA}  # Qwen's is in its config
 # Keys whose value is the architecture itself. A key that is absent has this value in transformers.
 FIXED: dict[str, dict[str, Any]] = {
     "gpt": {
@@ -74,6 +100,15 @@ FIXED: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "attention_bias": False,
         "tie_word_embeddings": False,
+    },
+    "turbo": {
+        "hidden_act": "relu2",
+        "final_logit_softcapping": turbo.LOGIT_SOFTCAP,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "qk_scale": turbo.QK_SCALE,
+        "gate_channels": turbo.GATE_CHANNELS,
     },
     "qwen2.5": {"hidden_act": "silu", "use_sliding_window": False},
 }
@@ -106,7 +141,7 @@ def config_to_hf(
 
     The rotary base is written twice, as transformers 5 has it and as 4 and vLLM read it."""
     arch = arch_of(config)
-    theta = ROPE_THETA if isinstance(config, GPTConfig) else config.rope_theta
+    theta = config.rope_theta if isinstance(config, QwenConfig) else THETAS[arch]
     data: dict[str, Any] = {
         "architectures": [CLASSES[arch]],
         "model_type": MODEL_TYPES[arch],
@@ -129,6 +164,9 @@ def config_to_hf(
     }
     if isinstance(config, GPTConfig):
         return {**data, "intermediate_size": 4 * config.n_embd}
+    if isinstance(config, TurboConfig):
+        own = {"auto_map": AUTO_MAP[arch], "short_window": config.window, **turbo_layers(config)}
+        return {**data, "intermediate_size": 4 * config.n_embd, **own}
     return {
         **data,
         "intermediate_size": config.n_mlp,
@@ -136,6 +174,16 @@ def config_to_hf(
         "tie_word_embeddings": config.tied,
         "sliding_window": None,
         "max_window_layers": config.n_layer,
+    }
+
+
+def turbo_layers(config: TurboConfig) -> dict[str, Any]:
+    """The keys that tell what is in which layer of a Turbo."""
+    layers = range(config.n_layer)
+    return {
+        "attention_windows": [config.layer_window(i) for i in layers],
+        "value_embedding_layers": [i for i in layers if config.has_value_embedding(i)],
+        "backout_layer": config.n_layer // 2 - 1,
     }
 
 
@@ -191,11 +239,17 @@ def config_from_hf(data: dict[str, Any], where: str) -> Config:
             f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}"
         )
     common = (shape["max_position_embeddings"], shape["vocab_size"], shape["num_hidden_layers"])
-    if arch == "gpt":
+    if arch in THETAS:
         _must_be(data, "intermediate_size", 4 * width, where)
-        if theta != ROPE_THETA:
-            raise UserError(f"{where}: rope_theta is {theta}; the GPT's is {ROPE_THETA}")
+        if theta != THETAS[arch]:
+            raise UserError(f"{where}: rope_theta is {theta}; that of {arch} is {THETAS[arch]}")
+    if arch == "gpt":
         return GPTConfig(*common, heads, kv_heads, width)
+    if arch == "turbo":
+        config = TurboConfig(*common, heads, kv_heads, width, _whole(data, "short_window", where))
+        for key, value in turbo_layers(config).items():
+            _must_be(data, key, value, where)
+        return config
     return QwenConfig(
         *common,
         heads,
@@ -211,8 +265,10 @@ def config_from_hf(data: dict[str, Any], where: str) -> Config:
 def _check_values(data: dict[str, Any], arch: str, where: str) -> None:
     """Refuses every key that asks for another model than ours."""
     wanted = {**REFUSED, **FIXED[arch]}
-    if arch == "gpt":
+    if arch in THETAS:
         wanted["qkv_bias"] = False
+    if arch in AUTO_MAP:
+        del wanted["auto_map"]  # the code that we gave it, which nobody runs here
     for key, value in wanted.items():
         unset = data.get(key) is None
         if unset and (key not in data or not value or key in REFUSED):

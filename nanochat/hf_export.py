@@ -1,10 +1,11 @@
 """
-One of our models as a folder that `transformers` loads with no code of ours.
+One of our models as a folder that `transformers` loads without us.
 
     config.json  generation_config.json    the shape; where a reply ends
     model.safetensors                      weights (numbered files and an index above 5 GB)
     tokenizer.json  tokenizer_config.json  the same ids; the chat template
     README.md                              the model card
+    modeling_nanochat_turbo.py             of a Turbo: its classes, which transformers does not have
 
     export_model(Path("d20"), model, tokenizer, chat=True, card="# d20 ...")
 
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 
 from nanochat.chat_template import chat_template
 from nanochat.common import UserError, print0, write_json
-from nanochat.hf import config_to_hf, to_hf_name, with_own_tokenizer
+from nanochat.hf import AUTO_MAP, config_to_hf, to_hf_name, with_own_tokenizer
 from nanochat.manifest import flush
 from nanochat.models import arch_of
 from nanochat.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 # What an export may leave in its folder: --overwrite removes a folder of these and no other.
 OWN_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
-    r"|README\.md|model(-\d+-of-\d+)?\.safetensors|.*\.gguf"
+    r"|README\.md|modeling_nanochat_turbo\.py|model(-\d+-of-\d+)?\.safetensors|.*\.gguf"
 )
 
 # Qwen's added tokens that stand for something to be read: decoding keeps them where it skips the
@@ -82,6 +83,7 @@ def export_model(
         (tmp / "README.md").write_text(card, encoding="utf-8")
         write_tokenizer(tmp, tokenizer, chat, model.config.sequence_len)
         write_configs(tmp, model, tokenizer, chat, dtype)
+        write_code(tmp, arch_of(model.config))
         write_weights(tmp, model, dtype, max_shard_size)
         if also is not None:
             also(tmp)
@@ -189,6 +191,12 @@ def write_configs(folder: Path, model: Any, tokenizer: Tokenizer, chat: bool, dt
     if unused:  # padded rows, which stand for nothing and must not be sampled
         generation["suppress_tokens"] = unused
     write_json(folder / "generation_config.json", generation)
+
+
+def write_code(folder: Path, arch: str) -> None:
+    """Copies the files that hold the classes of an architecture that transformers does not have."""
+    for module in {place.split(".")[0] for place in AUTO_MAP.get(arch, {}).values()}:
+        shutil.copy(Path(__file__).parent / "hf_code" / f"{module}.py", folder)
 
 
 def keeps_tokenizer(model: Any, tokenizer: Tokenizer) -> bool:

@@ -148,9 +148,9 @@ class MuonAdamW:
         self.rank, self.world_size = rank_and_world()
         self.named = {name: p for group in groups for name, p in group.params.items()}
         self.owner = self._assign_owners()
-        compile = torch.compile if compiled else lambda update, **_: update
-        self._muon_update: Callable[..., None] = compile(muon_update, dynamic=False)
-        self._adamw_update: Callable[..., None] = compile(adamw_update, dynamic=False)
+        fused = torch.compile if compiled else lambda update, **_: update
+        self._muon_update: Callable[..., None] = fused(muon_update, dynamic=False)
+        self._adamw_update: Callable[..., None] = fused(adamw_update, dynamic=False)
 
     def _assign_owners(self) -> dict[str, int]:
         """Largest parameter first, each to the rank with the least so far: balanced within one

@@ -112,7 +112,8 @@ def retrain_embeddings(source: Any, old: Tokenizer, target: Any, new: Tokenizer)
         raise UserError(f"the model has {count} rows, the tokenizer {new.get_vocab_size()} ids")
     plan = plan_rows(old, new)
     groups = target.param_groups()
-    tables = {id(p) for p in (*groups["embedding"], *groups["head"])}  # one if they are tied
+    kinds = ("embedding", "value_embedding", "head")
+    tables = {id(p) for kind in kinds for p in groups.get(kind, [])}  # one if they are tied
     for name, p in target.named_parameters():
         weights = source.get_parameter(name).to("cpu")
         p.copy_(plan.rows(weights, count) if id(p) in tables else weights)

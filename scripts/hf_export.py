@@ -1,5 +1,5 @@
 """
-Exports a model for Hugging Face transformers: a folder that loads with no code of ours.
+Exports a model for Hugging Face transformers: a folder that loads without this package.
 
     python -m scripts.hf_export --source=sft --out=my-model
     python -m scripts.hf_export --source=base --model_tag=d20 --out=d20-base --dtype=float32
@@ -7,6 +7,9 @@ Exports a model for Hugging Face transformers: a folder that loads with no code 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained("my-model")
     tokenizer = AutoTokenizer.from_pretrained("my-model")
+
+A Turbo (--arch=turbo) is an architecture that transformers does not have: its folder holds a file
+with the code, which from_pretrained runs if it is told trust_remote_code=True.
 
 The default bfloat16 is what published models have: half the size, each weight to 3 digits. With
 --dtype=float32 the logits are ours to the last digits. The chat template renders a conversation to
@@ -27,7 +30,9 @@ from nanochat import flags
 from nanochat.checkpoint import load_model
 from nanochat.common import get_base_dir, print0
 from nanochat.gguf import check_gguf, write_gguf
+from nanochat.hf import AUTO_MAP
 from nanochat.hf_export import check_target, export_model
+from nanochat.models import arch_of
 from nanochat.report.model_card import model_card
 
 
@@ -82,7 +87,8 @@ def main(args: Args) -> None:
         overwrite=args.overwrite,
         also=write_also if args.gguf else None,
     )
-    print0(f"wrote {out}; load it with AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    trust = ", trust_remote_code=True" if arch_of(model.config) in AUTO_MAP else ""
+    print0(f"wrote {out}; load it with AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})")
 
 
 if __name__ == "__main__":

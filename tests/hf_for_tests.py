@@ -16,9 +16,20 @@ from tests.models_for_tests import TINY, randomise
 from tests.tokenizers_for_tests import tiny_qwen, tiny_tokenizer
 
 
+def register_turbo() -> None:
+    """Lets this process's transformers know our class for Turbo, as it knows its own: else it would
+    ask to run a copy from the folder. That it can is tested in test_hf_export.py."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from nanochat.hf_code import modeling_nanochat_turbo as code
+
+    config = code.NanochatTurboConfig
+    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(config, code.NanochatTurboForCausalLM, exist_ok=True)
+
+
 def tokenizer_of(arch: str) -> Tokenizer:
-    """400 ids: ours for the GPT, one like Qwen2.5's for Qwen."""
-    return tiny_tokenizer() if arch == "gpt" else tiny_qwen()
+    """400 ids: one like Qwen2.5's for Qwen, ours for the others."""
+    return tiny_qwen() if arch == "qwen2.5" else tiny_tokenizer()
 
 
 def config_of(arch: str, **changes: Any) -> Config:
@@ -40,6 +51,7 @@ def save_hf(
 
     `eos` is the special token that generation_config.json names."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
+    register_turbo()
     tokenizer = tokenizer_of(arch)
     end = tokenizer.encode_special(eos)
     data = config_to_hf(config_of(arch, **changes), end, None, dtype)

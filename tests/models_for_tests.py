@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from nanochat.models import GPTConfig, QwenConfig, build_model
+from nanochat.models import GPTConfig, QwenConfig, TurboConfig, build_model
 
 TINY: dict[str, Any] = {
     "gpt": GPTConfig(16, 96, n_layer=3, n_head=4, n_kv_head=2, n_embd=32),
+    # 64 channels, since gates look at the first 32; windows of 5, so that short texts exceed them
+    "turbo": TurboConfig(16, 96, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window=5),
     "qwen2.5": QwenConfig(16, 96, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_mlp=40),
 }
 

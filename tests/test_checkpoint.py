@@ -69,7 +69,7 @@ def reseal(folder: Path, **changes: Any) -> None:
 # ---- there and back
 
 
-@pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
+@pytest.mark.parametrize("arch", ["gpt", "turbo", "qwen2.5"])
 @pytest.mark.parametrize("source", ["base", "mid", "sft", "rl"])
 def test_what_was_saved_comes_back(source: str, arch: str) -> None:
     model = save(source=source, arch=arch)

@@ -15,6 +15,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.hf import MODEL_TYPES, config_from_hf, config_to_hf, from_hf_name, to_hf_name
 from nanochat.models import SIZES
+from tests.hf_for_tests import register_turbo
 from tests.models_for_tests import TINY, tiny_model
 
 CONFIGS = {
@@ -25,7 +26,7 @@ CONFIGS = {
 
 
 def arch_of(name: str) -> str:
-    return "gpt" if name == "gpt" else "qwen2.5"
+    return name if name in TINY else "qwen2.5"
 
 
 def hf_config(name: str) -> dict[str, Any]:
@@ -38,10 +39,11 @@ def test_config_there_and_back(name: str) -> None:
     assert config_from_hf(data, "config.json") == CONFIGS[name]
 
 
-@pytest.mark.parametrize("name", ["gpt", "qwen2.5", "untied"])
+@pytest.mark.parametrize("name", ["gpt", "turbo", "qwen2.5", "untied"])
 def test_transformers_builds_our_model_from_it(name: str, tmp_path: Path) -> None:
     """Same tensors under the same names, same logits; and what it writes reads as ours."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
+    register_turbo()
     (tmp_path / "config.json").write_text(json.dumps(hf_config(name)))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     twin = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -62,7 +64,7 @@ def test_transformers_builds_our_model_from_it(name: str, tmp_path: Path) -> Non
     assert config_from_hf(again, "config.json") == CONFIGS[name]
 
 
-@pytest.mark.parametrize("name", ["gpt", "qwen2.5", "untied"])
+@pytest.mark.parametrize("name", ["gpt", "turbo", "qwen2.5", "untied"])
 def test_names_there_and_back(name: str) -> None:
     arch = arch_of(name)
     config = replace(CONFIGS[name], n_layer=12)
@@ -115,6 +117,15 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2.5", {"rope_theta": None, "rope_parameters": {"rope_theta": -1}}, "rope_theta is -1"),
     ("qwen2.5", {"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
     ("gpt", {"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+    ("gpt", {"auto_map": {"AutoModel": "x.py"}}, "auto_map"),
+    ("turbo", {"rope_theta": 5e5, "rope_parameters": None}, "rope_theta is 500000"),
+    ("turbo", {"attention_windows": [5, 5, 5]}, r"attention_windows is \[5, 5, 5\]; only"),
+    ("turbo", {"value_embedding_layers": [0]}, r"value_embedding_layers is \[0\]"),
+    ("turbo", {"backout_layer": -1}, "backout_layer is -1; only 0"),
+    ("turbo", {"short_window": None}, "short_window is None"),
+    ("turbo", {"qk_scale": 0.5}, "qk_scale is 0.5"),
+    ("turbo", {"gate_channels": 7}, "gate_channels is 7"),
+    ("turbo", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
 ]
 
 

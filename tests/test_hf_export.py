@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,15 @@ from nanochat import hf_export
 from nanochat.checkpoint import load_model
 from nanochat.common import UserError, read_json
 from nanochat.engine import Engine
-from nanochat.hf import config_from_hf, from_hf_name
+from nanochat.hf import MODEL_TYPES, config_from_hf, from_hf_name
 from nanochat.hf_export import export_model, stop_ids
 from nanochat.hf_import import import_model
 from nanochat.models import arch_of
 from nanochat.tokenizer import Tokenizer
 from nanochat.tokenizer_files import read_tokenizer_json
 from nanochat.vocabulary import Vocabulary
+from tests.hf_for_tests import register_turbo
+from tests.models import test_turbo
 from tests.models_for_tests import tiny_model, tokens_of
 from tests.tokenizers_for_tests import ODD_TEXTS, tiny_qwen, tiny_tokenizer
 
@@ -33,6 +36,7 @@ TOKENIZERS = {"own": tiny_tokenizer, "qwen": tiny_qwen}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt": ("gpt", "own", {}),
     "gpt, qwen's tokenizer": ("gpt", "qwen", {"n_kv_head": 4}),
+    "turbo": ("turbo", "own", {}),
     "qwen, tied, padded rows": ("qwen2.5", "qwen", {"vocab_size": 512}),
     "qwen, untied, own tokenizer": ("qwen2.5", "own", {"tied": False, "n_kv_head": 1}),
 }
@@ -60,13 +64,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_computes_what_we_compute(case: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.0")
+    register_turbo()
     model, tokenizer = make(case)
     export(tmp_path / "out", case)
     twin, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert not any(report.values()), report  # nothing missing, left over or of another shape
-    assert type(twin).__module__.startswith("transformers.models.")
+    where = "nanochat.hf_code." if case == "turbo" else "transformers.models."
+    assert type(twin).__module__.startswith(where)
     assert twin.dtype == torch.float32
     assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in model.parameters())
     x = tokens_of(model, 2, 100)
@@ -152,7 +158,7 @@ def test_every_tensor_comes_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     assert config_from_hf(config, "here") == model.config
     # transformers would give a qwen2 model Qwen's tokenizer, whatever is in the folder
     twin = "seed_oss" if case == "qwen, untied, own tokenizer" else None
-    assert config["model_type"] == (twin or {"gpt": "nanochat", "qwen2.5": "qwen2"}[arch])
+    assert config["model_type"] == (twin or MODEL_TYPES[arch])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -162,6 +168,7 @@ def test_import_export_import_is_the_identity(
 ) -> None:
     """From a folder that transformers itself wrote."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
+    register_turbo()
     export(tmp_path / "first", case, dtype=dtype)
     twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     theirs = tmp_path / "theirs"
@@ -306,36 +313,97 @@ def test_nothing_of_somebody_elses_is_overwritten(tmp_path: Path) -> None:
         export(tmp_path / "file", overwrite=True)
 
 
-# ---- with no code of ours ------------------------------------------------------------------------
+# ---- without us ----------------------------------------------------------------------------------
 
 ALONE = """
 import json, sys
+sys.modules["nanochat"] = None  # an import of it would fail
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-messages = [{"role": "user", "content": "What is 2+2?"}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-)
-ids = model.generate(**inputs, max_new_tokens=16)
-assert "nanochat" not in sys.modules and not any("nanochat.py" in p for p in sys.path)
-print(json.dumps(ids[0].tolist()))
+folder, trust, texts, idx = sys.argv[1], sys.argv[2] == "yes", *map(json.loads, sys.argv[3:])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+messages = [[{"role": "user", "content": text}] for text in texts]
+how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+one = tokenizer.apply_chat_template(messages[0], **how)
+many = tokenizer.apply_chat_template(messages, padding=True, padding_side="left", **how)
+answers = {}
+for cached in (True, False):
+    answers[f"one, {cached}"] = model.generate(**one, max_new_tokens=24, use_cache=cached)
+    found = model.generate(**many, max_new_tokens=24, use_cache=cached)
+    answers[f"many, {cached}"] = found[:, many["input_ids"].shape[1] :]
+answers["beams"] = model.generate(**one, max_new_tokens=24, num_beams=3)
+answers["beams, naive"] = model.generate(**one, max_new_tokens=24, num_beams=3, use_cache=False)
+answers["looked up"] = model.generate(**one, max_new_tokens=24, prompt_lookup_num_tokens=3)
+idx = torch.tensor(idx)
+with torch.no_grad():
+    answers["logits"] = model(idx).logits
+    mask = torch.ones_like(idx)
+    mask[0, :20] = 0  # as if it began later
+    answers["padded left"] = model(idx, attention_mask=mask).logits[0, 20:]
+print(json.dumps({name: tensor.tolist() for name, tensor in answers.items()}))
 """
 
 
-def test_a_process_without_nanochat(tmp_path: Path) -> None:
-    """Isolated (-I), elsewhere: no folder of ours is on its path, and none of our modules loads."""
+@pytest.mark.parametrize("case", ["gpt", "turbo"])
+def test_a_process_without_nanochat(case: str, tmp_path: Path) -> None:
+    """Isolated (-I), elsewhere: no folder of ours is on its path, and none of our modules loads. A
+    Turbo comes with its code. Windows are 5 here, so that every text is longer than they are."""
     pytest.importorskip("transformers", minversion="5.0")
-    model = export(tmp_path / "out")
+    model = export(tmp_path / "out", case)
     tokenizer = tiny_tokenizer()
-    program = "import sys\nsys.modules['nanochat'] = None  # an import of it would fail\n" + ALONE
-    program = program.replace('assert "nanochat" not in sys.modules and', "assert")
+    texts = ["What is 2+2?", "Hi", "Name the capital of the town by the long, long river."]
+    idx = tokens_of(model, 2, 60)
+    trust = "yes" if case == "turbo" else "no"
     done = subprocess.run(
-        [sys.executable, "-I", "-c", program, str(tmp_path / "out")],
+        [sys.executable, "-I", "-c", ALONE, "out", trust, json.dumps(texts),
+         json.dumps(idx.tolist())],
         cwd=tmp_path, capture_output=True, encoding="utf-8", check=False,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    question = {"messages": [{"role": "user", "content": "What is 2+2?"}]}
-    prompt = tokenizer.render_for_completion(question)
-    (ours,), _ = Engine(model, tokenizer).generate_batch(prompt, max_tokens=16, temperature=0)
-    assert json.loads(done.stdout.splitlines()[-1]) == ours
+    answers = json.loads(done.stdout.splitlines()[-1])
+    prompts = [
+        tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})
+        for text in texts
+    ]
+    engine = Engine(model, tokenizer)
+    (ours,), _ = engine.generate_batch(prompts[0], max_tokens=24, temperature=0)
+    batch, _ = engine.generate_batch(prompts, max_tokens=24, temperature=0)
+    for cached in ("True", "False"):
+        assert answers[f"one, {cached}"] == [ours]
+        for prompt, own, found in zip(prompts, batch, answers[f"many, {cached}"]):
+            reply = own[len(prompt) :]
+            assert found[: len(reply)] == reply  # what follows its end is padding
+    assert answers["beams"] == answers["beams, naive"]
+    assert answers["looked up"] == [ours]
+    with torch.no_grad():
+        assert (torch.tensor(answers["logits"]) - model(idx)).abs().max() < 1e-5
+        later = model(idx[:1, 20:])[0]
+        assert (torch.tensor(answers["padded left"]) - later).abs().max() < 1e-5
+
+
+def test_the_code_is_for_turbo_only_and_goes_with_an_overwritten_folder(tmp_path: Path) -> None:
+    export(tmp_path / "out", "turbo")
+    code = tmp_path / "out" / "modeling_nanochat_turbo.py"
+    assert "import nanochat" not in code.read_text(encoding="utf-8")
+    assert "from nanochat" not in code.read_text(encoding="utf-8")
+    places = read_json(tmp_path / "out" / "config.json")["auto_map"].values()
+    assert {place.split(".")[0] for place in places} == {code.stem}
+    export(tmp_path / "out", "gpt", overwrite=True)
+    assert not code.exists()
+    assert "auto_map" not in read_json(tmp_path / "out" / "config.json")
+
+
+def test_what_the_turbo_in_transformers_cannot_do_is_refused() -> None:
+    register_turbo()
+    twin = test_turbo.oracle(make("turbo")[0])
+    idx = torch.arange(12).view(2, 6)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        twin(inputs_embeds=twin.wte(idx))
+    with pytest.raises(ValueError, match="2D attention_mask"):
+        twin(idx, attention_mask=torch.ones(2, 1, 6, 6))
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 5\), the text \(2, 6\)"):
+        twin(idx, attention_mask=torch.ones(2, 5))
+    with pytest.raises(NotImplementedError, match="vocabulary is fixed"):
+        twin.resize_token_embeddings(500)

@@ -31,6 +31,8 @@ SAVED = [
     ("qwen2.5", "float16", "20KB", {}),
     ("gpt", "bfloat16", "40KB", {}),
     ("gpt", "float32", "5GB", {}),
+    ("turbo", "bfloat16", "50KB", {}),
+    ("turbo", "float32", "5GB", {"n_layer": 4, "n_kv_head": 4}),
 ]
 
 
@@ -53,7 +55,7 @@ def test_every_weight_comes_over_bit_for_bit(
     assert get_tokenizer("theirs").fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
+@pytest.mark.parametrize("arch", ["gpt", "turbo", "qwen2.5"])
 def test_it_continues_as_transformers_does(arch: str, tmp_path: Path) -> None:
     """Greedily, 40 tokens, past the row length that was asked for."""
     twin = save_hf(tmp_path / "theirs", arch, vocab_size=400)

@@ -106,7 +106,7 @@ def test_texts_and_spans_are_those_that_core_scores(kind: str, tmp_path: Path) -
     assert any(row.again for row in test.rows) == (kind != "language_modeling")
 
 
-@pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
+@pytest.mark.parametrize("arch", ["gpt", "turbo", "qwen2.5"])
 @pytest.mark.parametrize("kind", ROWS)
 def test_agreement_is_seen_and_so_is_each_difference(arch: str, kind: str, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()

@@ -102,7 +102,7 @@ def dense_loss(model: Any, rollouts: Rollouts) -> Tensor:
     return total / count
 
 
-@pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
+@pytest.mark.parametrize("arch", ["gpt", "turbo", "qwen2.5"])
 def test_the_gradient_is_the_dense_references_however_it_is_batched(arch: str) -> None:
     """With remainders: 8 useful replies in micro-batches of 1, 2, 3, 5, 8 and 100."""
     model, rollouts = tiny_model(arch), make_rollouts()

@@ -32,6 +32,7 @@ FLOORS = {
     ),
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
     **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
+    "hf_code": 0.9,  # runs in transformers, without the rest of the package
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
     **dict.fromkeys(["compiling", "fp8"], 1),
@@ -72,7 +73,12 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = [module_name(path) for path in sources("nanochat", "scripts")]
+# But for those that transformers runs, from an exported folder: they import it, and only it
+MODULES = [
+    name
+    for name in map(module_name, sources("nanochat", "scripts"))
+    if not name.startswith("nanochat.hf_code.")
+]
 
 
 # ---- imports
@@ -106,6 +112,12 @@ def test_imports_go_strictly_down_the_floors() -> None:
             if other != own and FLOORS.get(other, 9) >= FLOORS.get(own, -1):
                 wrong.append(f"{where(path, node)} imports {target}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_code_that_leaves_with_an_export_needs_nothing_of_ours() -> None:
+    for path in sources("nanochat/hf_code"):
+        packages = {target.split(".")[0] for _, target in imported(parsed(path))}
+        assert packages <= {"__future__", "typing", "torch", "transformers"}, path
 
 
 def test_the_package_knows_nothing_of_scripts_and_scripts_not_of_each_other() -> None:

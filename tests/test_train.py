@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from nanochat.checkpoint import LOG, list_steps, load_model, run_dir, stage_dir, step_dir
 from nanochat.common import UserError
+from nanochat.models import ARCHITECTURES
 from tests.tiny_world import (
     BASE_FLAGS,
     MID_FLAGS,
@@ -68,7 +69,7 @@ def weights(stage: str, tag: str, step: int) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in both.items()}  # not a view of the file
 
 
-@pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_golden_curve(base: Path, arch: str) -> None:
     """20 steps on the CPU give the losses on file. A change of numbers must be meant: then run
 
@@ -302,7 +303,7 @@ if __name__ == "__main__":
         os.environ["NANOCHAT_BASE_DIR"] = folder
         make_world(Path(folder))
         curves = {}
-        for name in ("gpt", "qwen2.5"):
+        for name in ARCHITECTURES:
             run_stage("base_train", *golden_flags(name))
             curves[name] = losses("base", f"golden-{name}")
         GOLDEN.write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@ The architectures, and the registry that names them.
 
 Adding one: a file beside gpt.py with a config dataclass and a model of the same contract
 (forward, hidden, logits, init_weights, param_groups, flops_per_token), and a row in ARCHITECTURES.
+Its kinds of parameters are in optim.ADAMW_KINDS, its names for transformers in hf.py.
 """
 
 from __future__ import annotations

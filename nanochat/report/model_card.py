@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint import STAGE_FOLDERS, step_dir, weights_id
+from nanochat.hf import AUTO_MAP
 from nanochat.hf_export import keeps_tokenizer, puts_bos
 from nanochat.report.card import base_section, evaluation_section, table
 from nanochat.report.runs import Row, read_rows
@@ -42,7 +43,7 @@ USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({path})
+model = AutoModelForCausalLM.from_pretrained({path}{trust})
 tokenizer = AutoTokenizer.from_pretrained({path})
 """
 USE_CHAT = """\
@@ -85,6 +86,11 @@ Its architecture is Qwen2.5's. `config.json` calls it `seed_oss`, which is the s
 of a model called `qwen2`, `transformers` 5 would cut text as Qwen does, not as this tokenizer.
 """
 
+OWN_CODE = """\
+`transformers` has no such architecture: the model's code is the file {file} in this folder, and
+`trust_remote_code=True` lets `from_pretrained` run it. It needs `transformers` 5 or later.
+"""
+
 LICENCE = """\
 ## Licence
 
@@ -106,11 +112,15 @@ def model_card(
     about = (source, tag, step)
     lines += base_section(_rows(report / "base_eval.jsonl", about), [], tag)
     lines += evaluation_section(_rows(report / "chat_eval.jsonl", about), [], tag)
-    lines += _usage(source != "base", tag, tokenizer)
+    arch = meta["config"]["arch"]
+    lines += _usage(source != "base", tag, tokenizer, arch in AUTO_MAP)
     if not keeps_tokenizer(model, tokenizer):
         lines.append(TWIN)
-    elif meta["config"]["arch"] == "gpt":
+    elif arch == "gpt":
         lines.append(NANOCHAT_CLASS)
+    elif arch in AUTO_MAP:
+        file = AUTO_MAP[arch]["AutoModelForCausalLM"].split(".")[0]
+        lines.append(OWN_CODE.format(file=f"`{file}.py`"))
     return "\n".join([*lines, LICENCE])
 
 
@@ -170,10 +180,13 @@ def _lineage(source: str, meta: Row) -> Iterator[tuple[str, Row]]:
         yield stage, meta
 
 
-def _usage(chat: bool, tag: str, tokenizer: Tokenizer) -> list[str]:
+def _usage(chat: bool, tag: str, tokenizer: Tokenizer, own_code: bool) -> list[str]:
     specials = tokenizer.vocabulary.specials
     names = {id: name for name, id in specials.items()}
-    code = USE.format(path=json.dumps(tag)) + (USE_CHAT if chat else USE_BASE) + USE_END
+    trust = ", trust_remote_code=True" if own_code else ""
+    code = (
+        USE.format(path=json.dumps(tag), trust=trust) + (USE_CHAT if chat else USE_BASE) + USE_END
+    )
     lines = [code]
     if not chat:
         bos = names[tokenizer.get_bos_token_id()]

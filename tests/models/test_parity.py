@@ -1,8 +1,9 @@
 """
-Both architectures against transformers where it is easy to be wrong: odd numbers of heads, texts
+The architectures against transformers where it is easy to be wrong: odd numbers of heads, texts
 much longer than the configured length, generation with a cache, and torch.compile around it.
 
-The oracles, and the first comparison of logits and gradients, are in test_gpt.py and test_qwen.py.
+The oracles, and the first comparison of logits and gradients, are in test_gpt.py, test_qwen.py and
+test_turbo.py.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from torch import Tensor
 from nanochat.engine import KVCache
 from nanochat.hf import to_hf_name
 from nanochat.models import ARCHITECTURES, arch_of
-from tests.models import test_gpt, test_qwen
+from tests.models import test_gpt, test_qwen, test_turbo
 from tests.models_for_tests import tiny_model, tokens_of
 
-ORACLES = {"gpt": test_gpt.oracle, "qwen2.5": test_qwen.oracle}
-CASES = [("gpt", {}), ("qwen2.5", {"tied": True}), ("qwen2.5", {"tied": False})]
-every_case = pytest.mark.parametrize(("arch", "changes"), CASES, ids=["gpt", "tied", "untied"])
+ORACLES = {"gpt": test_gpt.oracle, "turbo": test_turbo.oracle, "qwen2.5": test_qwen.oracle}
+CASES = [("gpt", {}), ("turbo", {}), ("qwen2.5", {"tied": True}), ("qwen2.5", {"tied": False})]
+every_case = pytest.mark.parametrize(
+    ("arch", "changes"), CASES, ids=["gpt", "turbo", "tied", "untied"]
+)
 
 
 def heads(n_head: int, n_kv_head: int) -> dict[str, int]:
-    return {"n_head": n_head, "n_kv_head": n_kv_head, "n_embd": 8 * n_head, "n_layer": 2}
+    return {"n_head": n_head, "n_kv_head": n_kv_head, "n_embd": 16 * n_head, "n_layer": 2}
 
 
 def assert_close(logits: Tensor, wanted: Tensor) -> None:

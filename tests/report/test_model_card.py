@@ -17,10 +17,10 @@ from tests.models_for_tests import tiny_model
 from tests.tokenizers_for_tests import tiny_qwen, tiny_tokenizer
 
 
-def save(source: str, base_dir: Path, tokenizer: Tokenizer, **meta: Any) -> str:
+def save(source: str, base_dir: Path, tokenizer: Tokenizer, arch: str = "gpt", **meta: Any) -> str:
     """Saves a tiny checkpoint of that stage; returns the name that the next one starts from."""
     tokenizer.save(base_dir / "tokenizer")
-    model = tiny_model("gpt", vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
+    model = tiny_model(arch, vocab_size=tokenizer.get_vocab_size(), sequence_len=64)
     about = {"tokenizer": None, "tokenizer_fingerprint": tokenizer.fingerprint}
     save_checkpoint(source, "tiny", 7, model, {}, {**about, **meta})
     return f"{source} tiny step_000007 ({weights_id(step_dir(source, 'tiny', 7))})"

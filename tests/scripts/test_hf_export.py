@@ -36,6 +36,17 @@ def test_a_chat_model(own_base_dir: Path, tmp_path: Path, capsys: Any) -> None:
     assert "AutoModelForCausalLM" in out
 
 
+def test_a_turbo_takes_its_code_along(own_base_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    save_tiny(own_base_dir, "sft", arch="turbo")
+    run(f"--out={tmp_path / 'out'}")
+    code = "modeling_nanochat_turbo.py"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*FILES, code])
+    assert "trust_remote_code=True" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert 'from_pretrained("tiny", trust_remote_code=True)' in card
+    assert f"`{code}`" in card
+
+
 def test_flags(own_base_dir: Path, tmp_path: Path) -> None:
     save_tiny(own_base_dir, "base", "old", 3)
     save_tiny(own_base_dir, "base", "old", 5)
@@ -109,8 +120,9 @@ def test_gguf(own_base_dir: Path, tmp_path: Path, capsys: Any) -> None:
     assert sorted(p.name for p in out.iterdir()) == FILES
 
 
-def test_a_gpt_has_no_gguf(own_base_dir: Path, tmp_path: Path) -> None:
-    save_tiny(own_base_dir, "sft")
-    with pytest.raises(UserError, match=r"llama\.cpp has no such architecture"):
+@pytest.mark.parametrize("arch", ["gpt", "turbo"])
+def test_ours_have_no_gguf(arch: str, own_base_dir: Path, tmp_path: Path) -> None:
+    save_tiny(own_base_dir, "sft", arch=arch)
+    with pytest.raises(UserError, match=rf"--arch={arch}\), and llama\.cpp has no such archit"):
         run(f"--out={tmp_path / 'out'}", "--gguf")
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from nanochat import flags
 from nanochat.checkpoint import load_model, read_meta, step_dir
 from nanochat.common import UserError, get_base_dir
 from nanochat.engine import Engine
+from nanochat.models import ARCHITECTURES
 from nanochat.primer.write import write_primer
 from nanochat.serve.api import create_app
 from nanochat.serve.protocol import Limits
@@ -35,7 +36,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         write_primer(folder, seed=1, scale=0.01)
-        for arch, end in (("qwen2.5", "<|im_end|>"), ("gpt", "<|assistant_end|>")):
+        ends = dict.fromkeys(ARCHITECTURES, "<|assistant_end|>") | {"qwen2.5": "<|im_end|>"}
+        for arch, end in ends.items():
             save_hf(folder / "theirs" / arch, arch, "bfloat16", "30KB", end, sequence_len=128)
             run_stage("hf_import", f"--from={folder}/theirs/{arch}", "--stage=base")
             run_stage("hf_import", f"--from={folder}/theirs/{arch}", f"--model_tag={arch}-chat")
@@ -46,7 +48,7 @@ def meta_of(stage: str, tag: str, step: int = 1) -> dict[str, Any]:
     return read_meta(step_dir(stage, tag, step))
 
 
-@pytest.mark.parametrize("arch", ["qwen2.5", "gpt"])
+@pytest.mark.parametrize("arch", ["qwen2.5", "turbo", "gpt"])
 def test_every_training_stage_goes_on_from_it(
     arch: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +149,7 @@ def test_pretraining_goes_on_with_another_tokenizer(base: Path) -> None:
     assert tokenizer.fingerprint == tokenizer_of("gpt").fingerprint
 
 
-@pytest.mark.parametrize("arch", ["qwen2.5", "gpt"])
+@pytest.mark.parametrize("arch", ["qwen2.5", "turbo", "gpt"])
 def test_it_is_evaluated_and_talks(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     tag = f"--model_tag={arch}-chat"
     argv = ["--device_type=cpu", "-a", "primer-math|primer-facts", "-x", "2", "-m", "8"]
