@@ -51,7 +51,7 @@ def check_near(grads: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -
     query's goes through the softmax of scores that were rounded, and has the most noise."""
     cosine = torch.nn.functional.cosine_similarity
     whole = [torch.cat([g.flatten() for g in each.values()]) for each in (grads, exact)]
-    assert cosine(*whole, dim=0) > 0.995
+    assert cosine(*whole, dim=0) > 0.99
     for name, grad in grads.items():
         assert cosine(grad.flatten(), exact[name].flatten(), dim=0) > 0.98, name
         assert grad.dtype == torch.float32

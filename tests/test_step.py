@@ -46,9 +46,8 @@ def test_rows_that_come_late_are_the_same_rows_in_the_same_order(
         written: list[int] = []
         trainer = make_trainer(save_every=2)
         trainer.meter = Meter(trainer._account, lag)
-        for at in drive(trainer):
+        for _ in drive(trainer):
             written.append(len(rows(own_base_dir)))
-            assert at < NUM_STEPS or not trainer.meter._pending or lag
         assert written == ([0, 0, 1, 2, 3] if lag else [0, 1, 2, 3, 4])
         found.append([
             {k: row.get(k) for k in ("event", "step", "loss", "grad_norm", "tokens", "val_loss")}
