@@ -19,7 +19,7 @@ from nanochat.dataloader import MicroBatch
 from nanochat.meter import Meter
 from nanochat.step import TrainStep, is_out_of_memory, memory_advice, out_of_memory
 from nanochat.train import Trainer
-from tests.test_train_saving import NUM_STEPS, copy_of, drive, make_trainer, run, same, take_step
+from tests.test_train_saving import copy_of, drive, make_trainer, run, same, take_step
 
 
 def rows(base_dir: Path, event: str = "step") -> list[dict[str, Any]]:
