@@ -47,8 +47,8 @@ def test_products_work_on_this_machine() -> None:
 
 
 def check_near(grads: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> None:
-    """The gradient as a whole points where float32's does, and that of each matrix nearly: a query's
-    goes through the softmax of scores that were rounded, and has the most noise."""
+    """The gradient as a whole points where float32's does, and that of each matrix nearly: that of
+    a query goes through the softmax of scores that were rounded, and has the most noise."""
     cosine = torch.nn.functional.cosine_similarity
     whole = [torch.cat([g.flatten() for g in each.values()]) for each in (grads, exact)]
     assert cosine(*whole, dim=0) > 0.99
