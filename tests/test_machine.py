@@ -90,4 +90,9 @@ def test_absent_tools_are_tolerated(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_peaks_are_found_by_the_drivers_name() -> None:
     assert machine.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert machine.peak_flops("NVIDIA GeForce RTX 4090") == 165e12
-    assert machine.peak_flops("Some new GPU") is None
+    assert machine.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert machine.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert machine.peak_flops("Tesla T4") == 65e12
+    assert machine.peak_flops("NVIDIA L4") == 121e12
+    for other in ("Some new GPU", "NVIDIA L40", "NVIDIA RTX A1000"):  # no part of a name
+        assert machine.peak_flops(other) is None
