@@ -21,7 +21,7 @@ def num_scaling_params(model: Any) -> int:
     return sum(p.numel() for kind in groups if kind != "value_embedding" for p in groups[kind])
 
 
-def settle(args: HorizonFlags, model: Any, tokens_per_round: int) -> int:
+def settle_horizon(args: HorizonFlags, model: Any, tokens_per_round: int) -> int:
     """Fills in batch and rates that were not typed, says with what, and returns the number of
     optimizer steps. tokens_per_round: what a batch must be a multiple of."""
     sizes = {

@@ -25,7 +25,7 @@ from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
-from nanochat.recipe import settle
+from nanochat.recipe import settle_horizon
 from nanochat.schedule import (
     decay_multiplier,
     grad_accum_steps,
@@ -128,7 +128,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     if args.source_tag:
         started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
     args.init_lr_frac = lr_frac(args.init_lr_frac, source_meta)
-    num_steps = settle(args, model, args.max_seq_len * info.world_size)
+    num_steps = settle_horizon(args, model, args.max_seq_len * info.world_size)
     grad_accum_steps(
         args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
     )

@@ -8,7 +8,7 @@ import pytest
 
 from nanochat.flags import HorizonFlags
 from nanochat.models import build_model, make_config
-from nanochat.recipe import num_scaling_params, settle
+from nanochat.recipe import num_scaling_params, settle_horizon
 from nanochat.schedule import base_rates, batch_size
 
 
@@ -19,7 +19,7 @@ def model_of(arch: str, depth: int = 2) -> object:
 
 def test_an_untyped_run_is_the_one_its_size_wants(capsys: pytest.CaptureFixture[str]) -> None:
     args, model = HorizonFlags(), model_of("gpt")
-    steps = settle(args, model, 64)
+    steps = settle_horizon(args, model, 64)
     tokens = 20 * sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
     assert args.total_batch_size == batch_size(tokens, 64)
     assert steps == round(tokens / args.total_batch_size)
@@ -32,9 +32,9 @@ def test_an_untyped_run_is_the_one_its_size_wants(capsys: pytest.CaptureFixture[
 def test_what_is_typed_stays_and_a_typed_batch_moves_the_rates() -> None:
     model = model_of("gpt")
     best = HorizonFlags()
-    settle(best, model, 64)
+    settle_horizon(best, model, 64)
     args = HorizonFlags(total_batch_size=4 * best.total_batch_size, matrix_lr=0.5)
-    settle(args, model, 64)
+    settle_horizon(args, model, 64)
     assert args.total_batch_size == 4 * best.total_batch_size and args.matrix_lr == 0.5
     assert args.embedding_lr == pytest.approx(2 * best.embedding_lr)
 
@@ -43,8 +43,8 @@ def test_a_few_steps_are_steps_of_the_batch_of_a_whole_run() -> None:
     """--num_iterations=5, to see whether it runs, is not to change what a step is."""
     model = model_of("gpt")
     whole, few = HorizonFlags(), HorizonFlags(num_iterations=5)
-    settle(whole, model, 64)
-    assert settle(few, model, 64) == 5
+    settle_horizon(whole, model, 64)
+    assert settle_horizon(few, model, 64) == 5
     assert few.total_batch_size == whole.total_batch_size
     assert few.matrix_lr == whole.matrix_lr
 
@@ -52,7 +52,7 @@ def test_a_few_steps_are_steps_of_the_batch_of_a_whole_run() -> None:
 def test_steps_and_batch_typed_are_a_horizon_of_their_own() -> None:
     """The rates are those of the tokens that are trained on, not of a run of full length."""
     args = HorizonFlags(num_iterations=500, total_batch_size=256)
-    assert settle(args, model_of("gpt"), 64) == 500
+    assert settle_horizon(args, model_of("gpt"), 64) == 500
     assert args.matrix_lr == base_rates(256 / batch_size(500 * 256, 64))["matrix_lr"]
 
 
@@ -62,7 +62,7 @@ def test_steps_and_batch_typed_are_a_horizon_of_their_own() -> None:
 def test_the_horizon_is_met_within_one_step(horizon: dict[str, float], tokens: int | None) -> None:
     model = model_of("qwen2.5")
     args = HorizonFlags(**horizon)  # type: ignore[arg-type]
-    steps = settle(args, model, 64)
+    steps = settle_horizon(args, model, 64)
     wanted = tokens or 1e11 / model.flops_per_token()  # type: ignore[attr-defined]
     assert abs(steps * args.total_batch_size - wanted) <= args.total_batch_size
 
