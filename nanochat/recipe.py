@@ -2,7 +2,7 @@
 The depth dial: batch, rates and length of a pretraining run that nobody typed.
 
 All of them follow from the model's size, by way of the tokens that a model of that size wants
-(schedule.py has the formulas and their sources). What was typed is taken as it is. Floor 3.
+(schedule.py has the formulas and their sources). What was typed is taken as it is. Floor 3.5.
 """
 
 from __future__ import annotations
