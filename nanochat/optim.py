@@ -140,17 +140,20 @@ def adamw_update(
 class MuonAdamW:
     """See the module docstring. `step` takes what the schedule says for this step."""
 
-    def __init__(self, groups: list[ParamGroup], compiled: bool = False) -> None:
-        """compiled: fuse each update with torch.compile (about a minute the first time)."""
+    def __init__(self, groups: list[ParamGroup]) -> None:
         self.groups = groups
         self.state: dict[str, dict[str, Tensor]] = defaultdict(dict)  # of owned parameters only
         self.num_steps = 0  # steps taken, for AdamW's bias correction
         self.rank, self.world_size = rank_and_world()
         self.named = {name: p for group in groups for name, p in group.params.items()}
         self.owner = self._assign_owners()
-        fused = torch.compile if compiled else lambda update, **_: update
-        self._muon_update: Callable[..., None] = fused(muon_update, dynamic=False)
-        self._adamw_update: Callable[..., None] = fused(adamw_update, dynamic=False)
+        self._muon_update: Callable[..., None] = muon_update
+        self._adamw_update: Callable[..., None] = adamw_update
+
+    def fuse(self) -> None:
+        """Compiles the updates: torch.compile, which takes a while at the first step."""
+        self._muon_update = torch.compile(muon_update, dynamic=False)
+        self._adamw_update = torch.compile(adamw_update, dynamic=False)
 
     def _assign_owners(self) -> dict[str, int]:
         """Largest parameter first, each to the rank with the least so far: balanced within one
@@ -358,7 +361,6 @@ def make_optimizer(
     weight_decay: float = 0.0,
     lr_frac: float = 1.0,
     scalar_lr: float = 0.5,
-    compiled: bool = False,
 ) -> MuonAdamW:
     """The optimizer for a model of ours. AdamW rates are for width 768 and scale by 1/sqrt(width);
     `lr_frac` scales all of them (finetuning). Only matrices decay: rows of tables that are seldom
@@ -379,4 +381,4 @@ def make_optimizer(
         how = ADAMW_KINDS[kind]
         lr = rates[how.rate] * how.share * lr_frac
         groups.append(ParamGroup("adamw", params, lr, betas=how.betas))
-    return MuonAdamW(groups, compiled)
+    return MuonAdamW(groups)

@@ -22,6 +22,7 @@ from nanochat.flags import TrainFlags
 from nanochat.fp8 import Fp8, check_fp8
 from nanochat.machine import peak_flops
 from nanochat.meter import HostCopy, StepRecord
+from nanochat.models.attention import choose_for
 from nanochat.optim import MuonAdamW
 from nanochat.precision import LossScaler, choose_precision
 
@@ -51,9 +52,12 @@ class TrainStep:
             row = loader.reader.row_len - 1
             tokens = num_steps * loader.rows_per_step // info.world_size * row
         static = loader is not None
+        choose_for(model, info.device, self.precision.dtype)  # probing cannot be part of a graph
         self.compiled = choose_compile(
             args.compile, info.device, tokens * model.flops_per_token(), static
         )
+        if self.compiled.on and info.device.type == "cuda":
+            optimizer.fuse()  # hardly anything on a CPU, where a step is mostly matmuls
         if self.fp8 and not self.compiled.on:
             warn0("--fp8 without compilation (--compile=on) is slower than bfloat16")
         # Evaluation and sampling use the plain module: other shapes would compile again.

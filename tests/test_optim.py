@@ -376,7 +376,8 @@ def test_compiled_is_the_same_and_compiles_once(
     )
     torch._dynamo.reset()
     counters.clear()
-    fused = MuonAdamW(plain_groups(plain, params), compiled=True)
+    fused = MuonAdamW(plain_groups(plain, params))
+    fused.fuse()
     for step in range(5):
         set_gradients(params, step)
         set_gradients(twins, step)

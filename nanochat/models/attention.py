@@ -91,6 +91,15 @@ def choose_attention(
     return name
 
 
+def choose_for(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Chooses a back end for each attention window that a model of ours has."""
+    config = model.config
+    windows = {m.window for m in model.modules() if isinstance(getattr(m, "window", None), int)}
+    groups = config.n_head // config.n_kv_head
+    for window in [None, *sorted(windows)]:
+        choose_attention(device, dtype, config.n_embd // config.n_head, window, groups)
+
+
 def _candidates(device_type: str, window: int | None, wanted: str) -> list[str]:
     """Names to try, best first. "sdpa" is PyTorch's own choice, with a mask for a window."""
     if device_type != "cuda":
