@@ -16,6 +16,7 @@ from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
+from nanochat.plan import confirm, settle
 from nanochat.preview import preview_conversations
 from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum
 from nanochat.start import Start, start_from
@@ -100,8 +101,13 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     bos = tokenizer.get_bos_token_id()
     args.max_seq_len, args.total_batch_size = resolve(args, start)
     seq_len = args.max_seq_len
+    rows_per_step = args.total_batch_size // seq_len
     if not args.preview:
-        grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
+        settled = settle(
+            args.device_batch_size, args.activation_checkpointing, model.config, info,
+            rows_per_step, seq_len,
+        )  # fmt: skip
+        grad_accum_steps(args.total_batch_size, settled[0], seq_len, info.world_size)
 
     # What there is to learn from
     mixture, val_mixture, validation = load_mixtures(args)
@@ -114,7 +120,6 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     if val_mixture is not None:
         val_source = ConversationSource(val_mixture, tokenizer, seq_len + 1)
 
-    rows_per_step = args.total_batch_size // seq_len
     num_steps = args.num_iterations
     if num_steps <= 0:
         num_steps = max(1, round(args.num_epochs * reader.rows_per_epoch() / rows_per_step))
@@ -122,9 +127,11 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
         args.init_lr_frac,
     )  # fmt: skip
-    loader = StepLoader(
-        reader, rows_per_step, args.device_batch_size, info.rank, info.world_size, info.device
-    )
+    micro_batch = confirm(
+        settled, args.device_batch_size != "auto", model, optimizer, info, rows_per_step, seq_len,
+        autocast,
+    )  # fmt: skip
+    loader = StepLoader(reader, rows_per_step, micro_batch, info.rank, info.world_size, info.device)
     trainer = Trainer(
         stage,
         args.model_tag or start.tag,
@@ -145,7 +152,8 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     )
     for step in trainer.steps():
         if val_source is not None and trainer.is_due(args.eval_every, at_start=True):
-            trainer.record(val_loss=validation_loss(args, trainer, val_source, bos))
+            loss = validation_loss(args, trainer, val_source, bos, micro_batch)
+            trainer.record(val_loss=loss)
         if trainer.is_due(-1) and info.rank == 0:
             sample_replies(trainer, tokenizer, args.sample_prompts)
         if trainer.is_due(args.save_every):
@@ -159,13 +167,13 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
 
 
 def validation_loss(
-    args: ConversationFlags, trainer: Trainer, source: ConversationSource, bos: int
+    args: ConversationFlags, trainer: Trainer, source: ConversationSource, bos: int, rows: int
 ) -> float:
-    """Mean loss over the same rows every time, shared out over the ranks."""
+    """Mean loss over the same rows every time, shared out over the ranks, `rows` at a time."""
     info = trainer.info
     batches = eval_batches(
-        RowReader(source, args.max_seq_len + 1, 0, bos), args.eval_tokens, args.device_batch_size,
-        info.rank, info.world_size, info.device,
+        RowReader(source, args.max_seq_len + 1, 0, bos), args.eval_tokens, rows, info.rank,
+        info.world_size, info.device,
     )  # fmt: skip
     with autocast(info.device):
         return evaluate_loss(trainer.model, trainer.until_stopping(batches))

@@ -46,7 +46,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Kernels lay the output out as (B, T, H, E), so that merging the heads copies nothing.
-        B, H, T, E = q.shape
+        B, H, T, _ = q.shape
         out = q.new_empty((B, T, H, v.size(-1))).transpose(1, 2)  # (B, H, T, E)
         lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -195,7 +195,7 @@ class MemoryTrace(TorchDispatchMode):
         roots: dict[int, Tensor] = {}
         for source in sources:
             k = source.untyped_storage()._cdata
-            roots.update(self._roots[k] if k in self._roots else {k: source})
+            roots.update(self._roots.get(k, {k: source}))
         self._roots[key] = roots
 
     def _hold(self, key: int, reference: Any, size: int, name: str) -> None:
@@ -252,8 +252,8 @@ class TrainingTrace:
     """Traces training steps of one model and the optimizer's share of one rank.
 
     `model` lies on the meta device. `bf16`: matrix products and attention run under autocast.
-    `on_cuda`: what tensors say when they are asked. `accumulates`: a step has several micro-batches,
-    so that gradients are there already when one begins."""
+    `on_cuda`: what tensors say when they are asked. `accumulates`: a step has several
+    micro-batches, so that gradients are there already when one begins."""
 
     def __init__(
         self,
@@ -273,9 +273,7 @@ class TrainingTrace:
         for t in [*self.params, *model.buffers()]:
             self.trace._note(t)
         for p in self.params:
-            p.register_post_accumulate_grad_hook(
-                lambda p: self.trace.rename(p.grad, "gradients")
-            )
+            p.register_post_accumulate_grad_hook(lambda p: self.trace.rename(p.grad, "gradients"))
         # The state of an optimizer is what its first step leaves behind; the second shows its peak.
         with self._tracing():
             for part in ("optimizer", "workspace of the optimizer"):

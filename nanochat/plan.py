@@ -273,8 +273,7 @@ def refusal(
     return (
         f"--device_batch_size={memory.batch} of --max_seq_len={length} takes "
         f"{gb(memory.total)} GB on each rank, with --activation_checkpointing={memory.mode}; "
-        f"{gb(limit)} GB can be used\n{memory.table()}\n"
-        + _advice(planner, limit, memory)
+        f"{gb(limit)} GB can be used\n{memory.table()}\n" + _advice(planner, limit, memory)
     )
 
 
@@ -298,7 +297,9 @@ def _advice(planner: Planner, limit: int, now: Memory) -> str:
     changes = []
     for flags, memory in alternatives(planner, now):
         fits = memory.total <= min(limit, now.total - 1)
-        changes.append((fits, f"  {flags}: {gb(memory.total)} GB{'' if fits else ', still too much'}"))
+        changes.append(
+            (fits, f"  {flags}: {gb(memory.total)} GB{'' if fits else ', still too much'}")
+        )
     if not any(fits for fits, _ in changes):
         return "nothing would fit; tried were\n" + "\n".join(text for _, text in changes)
     return "what would fit, the cheapest first:\n" + "\n".join(t for fits, t in changes if fits)

@@ -53,9 +53,7 @@ def _recomputed(plain: type[nn.Module]) -> type[nn.Module]:
             if not torch.is_grad_enabled():  # evaluation, with a cache or without
                 return super().forward(*args)
             # The models draw no random numbers, so there is no generator's state to put back.
-            return checkpoint(
-                super().forward, *args, use_reentrant=False, preserve_rng_state=False
-            )
+            return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False)
 
     Recomputed.plain = plain  # type: ignore[attr-defined]
     Recomputed.__name__ = Recomputed.__qualname__ = plain.__name__

@@ -24,6 +24,7 @@ from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
+from nanochat.plan import confirm, settle
 from nanochat.preview import preview_text
 from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
 from nanochat.start import base_meta, continued_config, load_base
@@ -120,9 +121,12 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         config, default_tag = make_config(
             args.arch, args.depth, tokenizer.get_vocab_size(), args.max_seq_len
         )
-    grad_accum_steps(
-        args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
-    )
+    rows_per_step = args.total_batch_size // args.max_seq_len
+    settled = settle(
+        args.device_batch_size, args.activation_checkpointing, config, info, rows_per_step,
+        args.max_seq_len,
+    )  # fmt: skip
+    grad_accum_steps(args.total_batch_size, settled[0], args.max_seq_len, info.world_size)
     model = build_model(config, info.device, seed=args.seed)
     started_from = None
     if args.source_tag:
@@ -130,6 +134,10 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay
     )
+    micro_batch = confirm(
+        settled, args.device_batch_size != "auto", model, optimizer, info, rows_per_step,
+        args.max_seq_len, autocast,
+    )  # fmt: skip
     num_steps = num_iterations(
         args.num_iterations,
         args.target_flops,
@@ -138,12 +146,11 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         num_scaling_params=sum(p.numel() for p in model.parameters()),
         total_batch_size=args.total_batch_size,
     )
-    rows_per_step = args.total_batch_size // args.max_seq_len
     reader.expect(num_steps * rows_per_step)
     loader = StepLoader(
         reader,
         rows_per_step,
-        args.device_batch_size,
+        micro_batch,
         info.rank,
         info.world_size,
         info.device,
@@ -169,7 +176,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     for step in trainer.steps():
         if trainer.is_due(args.eval_every, at_start=True):
             batches = eval_batches(
-                val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
+                val_reader, args.eval_tokens, micro_batch, info.rank, info.world_size,
                 info.device,
             )  # fmt: skip
             batches = trainer.until_stopping(batches)

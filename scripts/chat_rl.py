@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nanochat import distributed, flags
 from nanochat.common import UserError, fingerprint, seed_from
@@ -21,6 +22,7 @@ from nanochat.distributed import sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.evals.chat import run_chat_eval
 from nanochat.optim import make_optimizer
+from nanochat.plan import confirm, settle
 from nanochat.preview import preview_problems
 from nanochat.rollout import problem_order, sample_rollouts, to_batches
 from nanochat.schedule import lr_multiplier
@@ -53,7 +55,7 @@ class Args(flags.FinetuneFlags):
     """Problems in one optimizer step, over all ranks."""
     num_samples: int = 16
     """Replies sampled for each problem."""
-    device_batch_size: int = 8
+    device_batch_size: int | Literal["auto"] = 8
     """Replies in one micro-batch of training on one rank. Results stay the same."""
     max_new_tokens: int = 256
     """Longest reply, in tokens."""
@@ -108,6 +110,17 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
         args.init_lr_frac,
     )  # fmt: skip
+    rows_per_step = args.examples_per_step * args.num_samples
+    # The longest reply that a row may hold, after a question
+    length = model.config.sequence_len
+    settled = settle(
+        args.device_batch_size, args.activation_checkpointing, model.config, info, rows_per_step,
+        length,
+    )  # fmt: skip
+    micro_batch = confirm(
+        settled, args.device_batch_size != "auto", model, optimizer, info, rows_per_step, length,
+        autocast,
+    )  # fmt: skip
     trainer = Trainer(
         "rl",
         args.model_tag or start.tag,
@@ -157,9 +170,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         )  # fmt: skip
         trainer.metrics["reward"] = reward / n
         trainer.log("rl", reward=reward / n, completion_tokens=tokens / n, ended=ended / n)
-        batches = to_batches(
-            rollouts, args.device_batch_size, tokenizer.get_bos_token_id(), info.device
-        )
+        batches = to_batches(rollouts, micro_batch, tokenizer.get_bos_token_id(), info.device)
         # The rate falls linearly over the whole run
         trainer.step(batches, lr_multiplier(step, num_steps, warmdown_ratio=1.0))
 
