@@ -49,11 +49,16 @@ def _recomputed(plain: type[nn.Module]) -> type[nn.Module]:
     `forward` of the instance, which torch.compile would trace anew for every block."""
 
     class Recomputed(plain):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any) -> Any:
+        def forward(self, x: torch.Tensor, *rest: Any) -> Any:
             if not torch.is_grad_enabled():  # evaluation, with a cache or without
-                return super().forward(*args)
+                return plain.forward(self, x, *rest)
             # The models draw no random numbers, so there is no generator's state to put back.
-            return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(
+                lambda x: plain.forward(self, x, *rest),
+                x,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
 
     Recomputed.plain = plain  # type: ignore[attr-defined]
     Recomputed.__name__ = Recomputed.__qualname__ = plain.__name__

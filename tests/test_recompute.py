@@ -27,8 +27,8 @@ def test_loss_and_gradients_are_the_same_to_the_bit(arch: str, mode: Mode) -> No
     names, (loss, plain) = list(model.state_dict()), gradients(model)
     runs = []
     for block in blocks_of(model):
-        block.mlp.register_forward_hook(lambda *_: runs.append("mlp"))
-        block.register_forward_hook(lambda *_: runs.append("block"))
+        block.mlp.register_forward_pre_hook(lambda *_: runs.append("mlp"))
+        block.register_forward_pre_hook(lambda *_: runs.append("block"))
     recompute(model, mode)
     again, found = gradients(model)
     assert torch.equal(loss, again) and all(map(torch.equal, plain, found))

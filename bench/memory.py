@@ -1,0 +1,95 @@
+"""
+The estimate of a step's memory against what the device measures.
+
+    python -m bench.memory                  # on a GPU: d12 and the like, in a few minutes
+    python -m bench.memory --device_type=cpu
+
+On a GPU steps run as in training, in bfloat16 and compiled, and the allocator's peak is what counts;
+on a CPU in float32, at sizes that a laptop has, and the profiler sees every allocation.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import distributed, flags
+from nanochat.common import write_json
+from nanochat.machine import machine_info, versions
+from nanochat.models import make_config
+from nanochat.plan import MODES, Planner, setup_of
+from tests.memory_for_tests import measured_peak
+
+RESULT = Path(__file__).resolve().parent / "results" / "memory.json"
+
+
+@dataclass
+class Args(flags.DeviceFlags):
+    """Compare estimates with measured peaks."""
+
+    depth: int = -1
+    """Size of the models; -1: 12 on a GPU, 4 elsewhere."""
+    eager: bool = False
+    """Compile nothing, on a GPU too."""
+    out: str = str(RESULT)
+    """File for the result; empty: none."""
+
+
+def compare(args: Args, info: distributed.DistInfo) -> list[dict[str, Any]]:
+    cuda = info.device.type == "cuda"
+    depth = args.depth if args.depth > 0 else (12 if cuda else 4)
+    vocab_size, length, batches = (65_536, 2048, (2, 8)) if cuda else (8192, 256, (1, 4))
+    setup = setup_of(info, compiled=cuda and not args.eager)
+    rows = []
+    for arch in ("gpt", "qwen2.5"):
+        config, _ = make_config(arch, depth, vocab_size, length)
+        for batch in batches:
+            for mode in MODES:
+                estimate = Planner(config, setup, 2 * batch).memory(batch, mode)
+                measured = measured_peak(
+                    config, batch, length, mode,
+                    device=info.device.type, bf16=setup.bf16, compiled=setup.compiled,
+                )  # fmt: skip
+                gc.collect()
+                if cuda:
+                    torch.cuda.empty_cache()
+                rows.append(
+                    {
+                        "arch": arch, "depth": depth, "batch": batch, "length": length,
+                        "activation_checkpointing": mode,
+                        "estimate_gb": round(estimate.total / 1e9, 4),
+                        "measured_gb": round(measured / 1e9, 4),
+                        "ratio": round(estimate.total / measured, 3),
+                        "micro_batch": estimate.micro_batch,
+                        "optimizer_step": estimate.optimizer_step,
+                    }
+                )  # fmt: skip
+                print({k: v for k, v in rows[-1].items() if not isinstance(v, dict)}, flush=True)
+    return rows
+
+
+def main(args: Args) -> None:
+    with distributed.session(args.device_type) as info:
+        rows = compare(args, info)
+        setup = setup_of(info, compiled=info.device.type == "cuda" and not args.eager)
+    ratios = [row["ratio"] for row in rows]
+    print(f"estimate / measured: {min(ratios)} to {max(ratios)}")
+    if args.out:
+        result = {
+            "machine": machine_info(),
+            "versions": versions(),
+            "device": setup.device_type,
+            "bf16": setup.bf16,
+            "compiled": setup.compiled,
+            "worst": max(ratios, key=lambda r: abs(r - 1)),
+            "rows": rows,
+        }
+        write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    flags.run(main, Args)
