@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.memory import measured_peak
 from nanochat import plan
 from nanochat.common import UserError
 from nanochat.distributed import DistInfo
@@ -14,7 +15,6 @@ from nanochat.models import GPTConfig, QwenConfig, make_config
 from nanochat.optim import make_optimizer
 from nanochat.plan import CUDA_RESERVE, MODES, Planner, Setup, settle, trial_step
 from nanochat.recompute import Mode
-from tests.memory_for_tests import measured_peak
 from tests.models_for_tests import tiny_model, tokens_of
 
 HERE = DistInfo(0, 0, 1, torch.device("cpu"))
