@@ -16,13 +16,14 @@ from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
-from nanochat.plan import confirm, settle
+from nanochat.plan import settle
 from nanochat.preview import preview_conversations
 from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum
 from nanochat.start import Start, start_from
 from nanochat.tasks.custom import load_own
 from nanochat.tasks.mixture import TaskMixture, build_mixture
 from nanochat.train import Trainer, autocast
+from nanochat.trial import confirm
 
 
 @dataclass

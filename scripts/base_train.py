@@ -24,13 +24,14 @@ from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
-from nanochat.plan import confirm, settle
+from nanochat.plan import settle
 from nanochat.preview import preview_text
 from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
 from nanochat.start import base_meta, continued_config, load_base
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import Trainer, autocast
+from nanochat.trial import confirm
 
 SAMPLE_PROMPTS = (
     "The capital of France is",

@@ -22,7 +22,7 @@ from nanochat.distributed import sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.evals.chat import run_chat_eval
 from nanochat.optim import make_optimizer
-from nanochat.plan import confirm, settle
+from nanochat.plan import settle
 from nanochat.preview import preview_problems
 from nanochat.rollout import problem_order, sample_rollouts, to_batches
 from nanochat.schedule import lr_multiplier
@@ -30,6 +30,7 @@ from nanochat.start import Start, start_from
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
 from nanochat.train import Trainer, autocast
+from nanochat.trial import confirm
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tests.models_for_tests import TINY, tiny_model, tokens_of
 def gradients(model: Any, forward: Any = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
     idx = tokens_of(model, 2, 16)
     model.zero_grad()
-    loss = (forward or model)(idx[:, :-1], idx[:, 1:])
+    loss = (model if forward is None else forward)(idx[:, :-1], idx[:, 1:])
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in model.parameters()]
 

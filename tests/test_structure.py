@@ -38,6 +38,7 @@ FLOORS = {
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "tasks", "text_source"], 2),
     **dict.fromkeys(["plan", "primer"], 2.5),
+    "trial": 2.75,
     **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
     **dict.fromkeys(["hf_export", "hf_import", "start"], 3.5),
     "gguf": 3.75,
