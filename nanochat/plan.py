@@ -5,8 +5,8 @@ What a training step takes in memory, and the micro-batch that fits.
     memory_advice()   what would fit instead, each with the memory it takes
 
 An estimate is a training step of the real code without numbers (nanochat/memory_trace.py), so it
-holds for an architecture, loss or optimizer that was added since. nanochat/trial.py tries it. The micro-batch decides speed and
-memory only: results do not depend on it. Floor 2.
+holds for an architecture, loss or optimizer that was added since. The
+micro-batch decides speed and memory only: results do not depend on it. Floor 2.
 """
 
 from __future__ import annotations
