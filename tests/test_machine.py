@@ -57,3 +57,10 @@ def test_peaks_are_found_by_the_drivers_name() -> None:
     assert machine.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert machine.peak_flops("NVIDIA GeForce RTX 4090") == 165e12
     assert machine.peak_flops("Some new GPU") is None
+
+
+def test_free_memory_is_part_of_the_machines() -> None:
+    free, total = machine.free_memory(), machine.machine_info().get("memory_gib")
+    if free is None or total is None:
+        pytest.skip("this system does not tell")
+    assert 0 < free <= (total + 0.1) * 2**30
