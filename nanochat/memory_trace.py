@@ -81,11 +81,14 @@ class _StandIns:
         self.plain = F.linear, F.scaled_dot_product_attention
 
     def __enter__(self) -> _StandIns:
-        F.linear, F.scaled_dot_product_attention = self._linear, self._attention
+        functions: Any = F
+        functions.linear = self._linear
+        functions.scaled_dot_product_attention = self._attention
         return self
 
     def __exit__(self, *error: object) -> None:
-        F.linear, F.scaled_dot_product_attention = self.plain
+        functions: Any = F
+        functions.linear, functions.scaled_dot_product_attention = self.plain
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         cast = self._cast

@@ -196,8 +196,8 @@ def usable_memory(info: DistInfo) -> int:
         usable = free - CUDA_RESERVE
     else:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this machine
-        free = free_memory()
-        usable = sys.maxsize if free is None else free // here  # None: it cannot be known
+        room = free_memory()
+        usable = sys.maxsize if room is None else room // here  # None: it cannot be known
     of_rank = [0] * info.world_size
     of_rank[info.rank] = usable
     return int(min(sum_over_ranks(*of_rank, device=device)))

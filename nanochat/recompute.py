@@ -27,7 +27,7 @@ def recompute(model: Any, mode: Mode) -> None:
     on, wherever there are gradients and no cache. The mode before is undone."""
     for block in blocks_of(model):
         for name, module in (("mlp", block.mlp), ("block", block)):
-            plain = getattr(type(module), "plain", type(module))
+            plain: Any = getattr(type(module), "plain", type(module))
             module.__class__ = _recomputed(plain) if name == mode else plain
 
 
@@ -42,13 +42,13 @@ def blocks_of(model: nn.Module) -> list[Any]:
 
 
 @functools.cache
-def _recomputed(plain: type[nn.Module]) -> type[nn.Module]:
+def _recomputed(plain: Any) -> Any:
     """The same class with a forward that keeps its input only.
 
     A class and not a wrapping module, so that names in a state dict stay; and not a patched
     `forward` of the instance, which torch.compile would trace anew for every block."""
 
-    class Recomputed(plain):  # type: ignore[misc, valid-type]
+    class Recomputed(plain):
         def forward(self, x: torch.Tensor, *rest: Any) -> Any:
             if not torch.is_grad_enabled():  # evaluation, with a cache or without
                 return plain.forward(self, x, *rest)
@@ -60,6 +60,6 @@ def _recomputed(plain: type[nn.Module]) -> type[nn.Module]:
                 preserve_rng_state=False,
             )
 
-    Recomputed.plain = plain  # type: ignore[attr-defined]
+    Recomputed.plain = plain
     Recomputed.__name__ = Recomputed.__qualname__ = plain.__name__
     return Recomputed
