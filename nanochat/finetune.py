@@ -16,6 +16,7 @@ from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
+from nanochat.plan import settle
 from nanochat.preview import preview_conversations
 from nanochat.schedule import (
     decay_multiplier,
@@ -27,6 +28,7 @@ from nanochat.start import Start, continued_optimizer, inherit, start_from
 from nanochat.tasks.custom import load_own
 from nanochat.tasks.mixture import TaskMixture, build_mixture
 from nanochat.train import Trainer
+from nanochat.trial import confirm
 
 FEW_STEPS = 10  # fewer can hardly change a model
 
@@ -92,8 +94,10 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     bos = tokenizer.get_bos_token_id()
     inherit(args, start)
     seq_len = args.max_seq_len
+    rows_per_step = args.total_batch_size // seq_len
     if not args.preview:
-        grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
+        settled = settle(args, model.config, info, rows_per_step, seq_len)
+        grad_accum_steps(args.total_batch_size, settled[0], seq_len, info.world_size)
 
     # What there is to learn from
     mixture, val_mixture, validation = load_mixtures(args)
@@ -107,7 +111,6 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         val_source = ConversationSource(val_mixture, tokenizer, seq_len + 1)
         val_reader = RowReader(val_source, seq_len + 1, 0, bos)
 
-    rows_per_step = args.total_batch_size // seq_len
     num_steps = args.num_iterations
     if num_steps <= 0:
         num_steps = max(1, round(args.num_epochs * reader.rows_per_epoch() / rows_per_step))
@@ -121,6 +124,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     optimizer = continued_optimizer(
         lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device
     )
+    args.device_batch_size = confirm(settled, args, model, optimizer, info, rows_per_step, seq_len)
     loader = StepLoader(
         reader, rows_per_step, args.device_batch_size, info.rank, info.world_size, info.device
     )

@@ -102,8 +102,13 @@ class TrainFlags(PrecisionFlags):
     """Folder name of the checkpoints; default: d<depth>, or the tag of the model loaded."""
     seed: int = 42
     """Seed of initial weights, data order and sampling."""
-    device_batch_size: int = 32
-    """Rows in one micro-batch on one rank. Lower it when memory runs out: results stay the same."""
+    device_batch_size: int | Literal["auto"] = "auto"
+    """Rows in one micro-batch on one rank. auto: what fits and keeps the device busy. Results do
+    not depend on it."""
+    activation_checkpointing: Literal["auto", "none", "mlp", "block"] = "auto"
+    """Activations that are computed again instead of kept: none, those of the MLPs, all inside of
+    each block. auto: the first of these with which a micro-batch of some size fits. Results do not
+    depend on it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step. auto: where a trial shows that it works, on a CPU only for a run
     that is long enough to gain by it."""
@@ -238,9 +243,9 @@ class InheritedFlags(FinetuneFlags):
 FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
-        "run", "model_tag", "device_type", "device_batch_size", "dtype", "compile", "preview",
-        "resume", "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir",
-        "stream", "eval_every",
+        "run", "model_tag", "device_type", "device_batch_size", "activation_checkpointing",
+        "dtype", "compile", "preview", "resume", "repeats", "dry_run", "resume_from_step",
+        "allow_changes", "token_cache_dir", "stream", "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         # compared by what comes of them: shape, number of steps, fingerprints, starting weights

@@ -163,6 +163,26 @@ def _memory_gib() -> float | None:
     return round(size / 2**30, 1)
 
 
+def free_memory() -> int | None:
+    """Bytes that this machine, or a container's limit, has left for new allocations; the whole
+    memory where that is all that can be learnt (macOS), None where not even that (Windows)."""
+    free = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        free.append(int(text.split("MemAvailable:")[1].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError, IndexError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        # Files that were read count as used, and are given up when memory is wanted.
+        stat = (group / "memory.stat").read_text(encoding="utf-8")
+        free.append(limit - used + int(stat.split("inactive_file ")[1].split()[0]))
+    if free:
+        return max(0, min(free))
+    total = _memory_gib()
+    return None if total is None else int(total * 2**30)
+
+
 def _gpus() -> list[str]:
     """Names of the CUDA devices PyTorch sees, with their memory; or Apple's, if that is there."""
     import torch

@@ -24,6 +24,7 @@ from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
+from nanochat.plan import settle
 from nanochat.preview import preview_text
 from nanochat.recipe import settle_horizon
 from nanochat.schedule import (
@@ -36,6 +37,7 @@ from nanochat.start import base_meta, continued_config, load_base, lr_frac
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import Trainer
+from nanochat.trial import confirm
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -123,25 +125,29 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         config, default_tag = make_config(
             args.arch, args.depth, tokenizer.get_vocab_size(), args.max_seq_len
         )
+    num_steps = settle_horizon(
+        args, build_model(config, "meta"), args.max_seq_len * info.world_size
+    )
+    rows_per_step = args.total_batch_size // args.max_seq_len
+    settled = settle(args, config, info, rows_per_step, args.max_seq_len)
+    grad_accum_steps(args.total_batch_size, settled[0], args.max_seq_len, info.world_size)
     model = build_model(config, info.device, seed=args.seed)
     started_from = None
     if args.source_tag:
         started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
     args.init_lr_frac = lr_frac(args.init_lr_frac, source_meta)
-    num_steps = settle_horizon(args, model, args.max_seq_len * info.world_size)
-    grad_accum_steps(
-        args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
-    )
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
         args.init_lr_frac, args.scalar_lr,
     )  # fmt: skip
-    rows_per_step = args.total_batch_size // args.max_seq_len
+    args.device_batch_size = confirm(
+        settled, args, model, optimizer, info, rows_per_step, args.max_seq_len
+    )
     reader.expect(num_steps * rows_per_step)
     loader = StepLoader(
         reader,
         rows_per_step,
-        args.device_batch_size,
+        micro_batch,
         info.rank,
         info.world_size,
         info.device,
@@ -167,7 +173,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     for step in trainer.steps():
         if trainer.is_due(args.eval_every, at_start=True):
             batches = eval_batches(
-                val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
+                val_reader, args.eval_tokens, micro_batch, info.rank, info.world_size,
                 info.device,
             )  # fmt: skip
             batches = trainer.until_stopping(batches)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from nanochat import distributed, flags
 from nanochat.common import UserError, fingerprint, seed_from
@@ -22,6 +23,7 @@ from nanochat.distributed import sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.evals.chat import run_chat_eval
 from nanochat.optim import make_optimizer
+from nanochat.plan import settle
 from nanochat.preview import preview_problems
 from nanochat.rollout import problem_order, sample_rollouts, to_batches
 from nanochat.schedule import lr_multiplier
@@ -29,6 +31,7 @@ from nanochat.start import Start, start_from
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
 from nanochat.train import Trainer
+from nanochat.trial import confirm
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Args(flags.FinetuneFlags):
     """Problems in one optimizer step, over all ranks."""
     num_samples: int = 16
     """Replies sampled for each problem."""
-    device_batch_size: int = 8
+    device_batch_size: int | Literal["auto"] = 8
     """Replies in one micro-batch of training on one rank. Results stay the same."""
     max_new_tokens: int = 256
     """Longest reply, in tokens."""
@@ -110,6 +113,11 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
         args.init_lr_frac,
     )  # fmt: skip
+    rows_per_step = args.examples_per_step * args.num_samples
+    # The longest reply that a row may hold, after a question
+    length = model.config.sequence_len
+    settled = settle(args, model.config, info, rows_per_step, length)
+    micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, length)
     trainer = Trainer(
         "rl",
         args.model_tag or start.tag,
@@ -159,9 +167,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         )  # fmt: skip
         trainer.metrics["reward"] = reward / n
         trainer.log("rl", reward=reward / n, completion_tokens=tokens / n, ended=ended / n)
-        batches = to_batches(
-            rollouts, args.device_batch_size, tokenizer.get_bos_token_id(), info.device
-        )
+        batches = to_batches(rollouts, micro_batch, tokenizer.get_bos_token_id(), info.device)
         # The rate falls linearly over the whole run
         trainer.step(batches, lr_multiplier(step, num_steps, warmdown_ratio=1.0))
 

@@ -96,3 +96,10 @@ def test_peaks_are_found_by_the_drivers_name() -> None:
     assert machine.peak_flops("NVIDIA L4") == 121e12
     for other in ("Some new GPU", "NVIDIA L40", "NVIDIA RTX A1000"):  # no part of a name
         assert machine.peak_flops(other) is None
+
+
+def test_free_memory_is_part_of_the_machines() -> None:
+    free, total = machine.free_memory(), machine.machine_info().get("memory_gib")
+    if free is None or total is None:
+        pytest.skip("this system does not tell")
+    assert 0 < free <= (total + 0.1) * 2**30

@@ -1,0 +1,337 @@
+"""
+What a training step takes in memory, and the micro-batch that fits.
+
+    settle()          before anything large is allocated: estimate, table, choice, or refusal
+    memory_advice()   what would fit instead, each with the memory it takes
+
+An estimate is a training step of the real code without numbers (nanochat/memory_trace.py), so it
+holds for an architecture, loss or optimizer that was added since. The micro-batch decides speed and
+memory only: results do not depend on it. Floor 2.5.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError, print0
+from nanochat.compiling import choose_compile
+from nanochat.distributed import DistInfo, sum_over_ranks
+from nanochat.flags import TrainFlags
+from nanochat.machine import free_memory
+from nanochat.memory_trace import TrainingTrace
+from nanochat.models import ARCHITECTURES, Config, arch_of
+from nanochat.optim import make_optimizer
+from nanochat.precision import choose_precision
+from nanochat.recompute import MODES, Mode, recompute
+
+# What a CUDA process takes besides its tensors: context and kernels (0.3 to 0.5 GB on recent
+# drivers), cuBLAS's workspaces, and what the allocator cannot use of its blocks.
+CUDA_RESERVE = 900_000_000
+# Without a GPU a micro-batch of this many tokens keeps the activations of a layer in the caches,
+# and is enough for the matrix products to run at full speed.
+CPU_MICRO_BATCH_TOKENS = 2048
+# More than this many tokens make a GPU no faster, and evaluations take as many.
+GPU_MICRO_BATCH_TOKENS = 65_536
+# With fewer, a GPU's matrix products are too thin: recomputing activations costs less than that.
+SENSIBLE_TOKENS = 4096
+# Bytes of a step's activations in float32, nothing fused: at most so many for each token, layer
+# and channel, or token and vocabulary entry. Twice what the models need (tests/test_plan.py).
+ROOMY_LAYER, ROOMY_LOGITS = 200, 40
+
+# Rows of the table, and the parts of the trace that each of them adds up.
+ROWS = {
+    "weights": ("weights",),
+    "gradients": ("gradients",),
+    "optimizer state": ("optimizer",),
+    "activations": ("activations", "bf16 copies of weights"),
+    "logits and loss": ("logits",),
+    "workspace": ("workspace", "workspace of the optimizer"),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how a step runs, as far as memory depends on it."""
+
+    device_type: str = "cuda"
+    bf16: bool = True  # autocast
+    compiled: bool = True
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, at the fullest moment of the micro-batch and of the optimizer's step."""
+
+    batch: int
+    length: int
+    mode: Mode
+    micro_batch: dict[str, int]
+    optimizer_step: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Peak in bytes."""
+        return max(sum(self.micro_batch.values()), sum(self.optimizer_step.values()))
+
+    def table(self) -> str:
+        """Rows for people, in GB (10^9 bytes)."""
+        moments = (self.micro_batch, self.optimizer_step)
+        lines = [f"{'memory of one rank, GB':<24}{'micro-batch':>12}{'optimizer':>12}"]
+        for name, parts in ROWS.items():
+            sizes = [sum(moment.get(part, 0) for part in parts) for moment in moments]
+            lines.append(f"  {name:<22}" + "".join(f"{gb(size):>12}" for size in sizes))
+        sums = [gb(sum(moment.values())) for moment in moments]
+        lines.append(f"  {'together':<22}" + "".join(f"{text:>12}" for text in sums))
+        return "\n".join(lines)
+
+
+def gb(size: float) -> str:
+    """Bytes as GB, with as many digits as matter."""
+    return f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.2f}"
+
+
+@dataclass
+class Planner:
+    """Estimates for one model in one setup; what was computed once is kept."""
+
+    config: Config
+    setup: Setup
+    rows: int  # of a step on one rank
+    _found: dict[Any, Memory] = field(default_factory=dict)
+    _trace: TrainingTrace | None = None
+
+    def memory(self, batch: int, mode: Mode = "none", length: int | None = None) -> Memory:
+        """Of a step with `batch` rows in a micro-batch. About a second for 20 layers."""
+        key = (batch, mode, length)
+        if key not in self._found:
+            length = length or self.config.sequence_len
+            trace = self._trace = self._trace or self._start()
+            trace.accumulates = self.rows > batch
+            recompute(trace.model, mode)
+            parts = trace.micro_batch(batch, length)
+            self._found[key] = Memory(batch, length, mode, parts, trace.optimizer_parts)
+        return self._found[key]
+
+    def _start(self) -> TrainingTrace:
+        with torch.device("meta"):
+            model = ARCHITECTURES[arch_of(self.config)][0](self.config)
+        optimizer = make_optimizer(model, 1.0, 1.0, 1.0)  # rates take no memory
+        _largest_share(optimizer, self.setup.world_size)
+        return TrainingTrace(
+            model,
+            optimizer,
+            bf16=self.setup.bf16,
+            on_cuda=self.setup.device_type == "cuda",
+            compiled=self.setup.compiled,
+        )
+
+    def sizes(self, most_tokens: int, length: int | None = None) -> list[int]:
+        """Micro-batches that divide the rows of a step, up to that many tokens; at least 1."""
+        most = max(1, most_tokens // (length or self.config.sequence_len))
+        return [size for size in range(1, min(most, self.rows) + 1) if self.rows % size == 0]
+
+    def largest(
+        self, limit: int, most_tokens: int, mode: Mode, length: int | None = None
+    ) -> Memory | None:
+        """The largest of those sizes that fits into `limit` bytes; None if none does."""
+        sizes = self.sizes(most_tokens, length)
+        low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
+        while low < high:
+            middle = (low + high) // 2
+            fits = self.memory(sizes[middle], mode, length).total <= limit
+            low, high = (middle + 1, high) if fits else (low, middle)
+        return self.memory(sizes[low - 1], mode, length) if low else None
+
+    def choose(
+        self, limit: int, most_tokens: int, modes: tuple[Mode, ...], length: int | None = None
+    ) -> Memory | None:
+        """The first mode in which a micro-batch fits that keeps the device busy, and the largest
+        micro-batch then; if there is none, the mode that fits the largest. None: nothing fits."""
+        best: Memory | None = None
+        for mode in modes:
+            found = self.largest(limit, most_tokens, mode, length)
+            if found is not None and (best is None or found.batch > best.batch):
+                best = found
+            if best and best.batch * best.length >= min(
+                SENSIBLE_TOKENS, self.sizes(most_tokens, length)[-1] * best.length
+            ):
+                break
+        return best
+
+
+def _largest_share(optimizer: Any, world_size: int) -> None:
+    """Makes it the optimizer of that rank which owns the most parameters among so many."""
+    optimizer.world_size = world_size
+    optimizer.owner = optimizer._assign_owners()
+    load = [0] * world_size
+    for name, rank in optimizer.owner.items():
+        load[rank] += optimizer.named[name].numel()
+    optimizer.rank = load.index(max(load))
+    optimizer.world_size = 1  # nothing is sent
+
+
+# -------------------------------------------------------------------------------------------------
+# What fits
+
+
+def setup_of(info: DistInfo, args: TrainFlags) -> Setup:
+    """The setup of this process: how --dtype and --compile will have it compute."""
+    half = choose_precision(args.dtype, info.device).dtype != torch.float32
+    compiled = choose_compile(args.compile, info.device, 0.0).on
+    return Setup(info.device.type, half, compiled, info.world_size)
+
+
+def usable_memory(info: DistInfo) -> int:
+    """Bytes that tensors may take on this rank's device: the least over all ranks, so that all of
+    them choose alike. What this process holds already counts as free: the estimate includes it."""
+    device = info.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        usable = free - CUDA_RESERVE
+    else:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this machine
+        room = free_memory()
+        usable = sys.maxsize if room is None else room // here  # None: it cannot be known
+    of_rank = [0] * info.world_size
+    of_rank[info.rank] = usable
+    return int(min(sum_over_ranks(*of_rank, device=device)))
+
+
+def roomy(config: Config, batch: int, length: int) -> int:
+    """Bytes that a step surely does not exceed, for what comes nowhere near the machine's memory:
+    an exact estimate would take seconds, to load PyTorch's compiler, at the start of every run."""
+    with torch.device("meta"):
+        model = ARCHITECTURES[arch_of(config)][0](config)
+    params = sum(p.numel() for p in model.parameters())
+    tokens = batch * length
+    of_token = ROOMY_LAYER * config.n_layer * config.n_embd + ROOMY_LOGITS * config.vocab_size
+    attention = 4 * batch * config.n_layer * config.n_head * length**2  # should scores be kept
+    return 4 * 8 * params + tokens * of_token + attention
+
+
+def settle(
+    args: TrainFlags,
+    config: Config,
+    info: DistInfo,
+    rows_per_step: int,
+    length: int,
+    setup: Setup | None = None,
+) -> tuple[int, Mode]:
+    """(rows of a micro-batch, mode of recompute) for this run, before it allocates.
+
+    rows_per_step over all ranks, rows of `length` tokens. Prints the table of the estimate. A
+    UserError says what there is, what is missing and what would fit. All ranks must call it."""
+    setup = setup or setup_of(info, args)
+    rows = max(1, rows_per_step // info.world_size)
+    planner = Planner(replace(config, sequence_len=max(length, config.sequence_len)), setup, rows)
+    gpu = setup.device_type == "cuda"
+    modes: tuple[Mode, ...] = (
+        MODES if args.activation_checkpointing == "auto" else (args.activation_checkpointing,)
+    )
+    most = GPU_MICRO_BATCH_TOKENS if gpu else CPU_MICRO_BATCH_TOKENS
+    limit = usable_memory(info)
+    asked = args.device_batch_size if args.device_batch_size != "auto" else None
+    if not gpu:
+        batch = asked or planner.sizes(most, length)[-1]
+        if roomy(config, batch, length) < limit:
+            if asked is None:
+                print0(f"micro-batch: {batch} row(s) of {length} tokens")
+            return batch, modes[0]
+    if asked is None:
+        memory = planner.choose(limit, most, modes, length)
+    else:
+        fitting = (planner.memory(asked, mode, length) for mode in modes)
+        memory = next((m for m in fitting if m.total <= limit), None)
+    if memory is None:
+        raise UserError(refusal(planner, limit, asked, modes, length))
+    print0(
+        f"{memory.table()}\n{gb(limit)} GB can be used; micro-batch: {memory.batch} row(s) of "
+        f"{length} tokens, --activation_checkpointing={memory.mode}"
+    )
+    return memory.batch, memory.mode
+
+
+# -------------------------------------------------------------------------------------------------
+# What would fit instead
+
+
+def refusal(
+    planner: Planner, limit: int, asked: int | None, modes: tuple[Mode, ...], length: int
+) -> str:
+    """Why a run cannot start, with the table, and what would."""
+    memory = planner.memory(asked or 1, modes[-1], length)
+    return (
+        f"--device_batch_size={memory.batch} of --max_seq_len={length} takes "
+        f"{gb(memory.total)} GB on each rank, with --activation_checkpointing={memory.mode}; "
+        f"{gb(limit)} GB can be used\n{memory.table()}\n" + _advice(planner, limit, memory)
+    )
+
+
+def memory_advice(
+    config: Config,
+    setup: Setup,
+    rows: int,
+    batch: int,
+    length: int,
+    mode: Mode,
+    limit: int,
+) -> str:
+    """What would fit into `limit` bytes in place of a step that did not (`rows` on a rank, `batch`
+    in a micro-batch), in order of cost, each with its memory. For a run that ran out in its midst
+    give the bytes that it held: what it needed was more."""
+    planner = Planner(replace(config, sequence_len=max(length, config.sequence_len)), setup, rows)
+    return _advice(planner, limit, planner.memory(batch, mode, length))
+
+
+def _advice(planner: Planner, limit: int, now: Memory) -> str:
+    changes = []
+    for flags, memory in alternatives(planner, now):
+        fits = memory.total <= min(limit, now.total - 1)
+        changes.append(
+            (fits, f"  {flags}: {gb(memory.total)} GB{'' if fits else ', still too much'}")
+        )
+    if not any(fits for fits, _ in changes):
+        return "nothing would fit; tried were\n" + "\n".join(text for _, text in changes)
+    return "what would fit, the cheapest first:\n" + "\n".join(t for fits, t in changes if fits)
+
+
+def alternatives(planner: Planner, now: Memory) -> Iterator[tuple[str, Memory]]:
+    """(flags, what they take) in order of their cost: a smaller micro-batch costs next to nothing,
+    recomputing costs time, shorter rows and fewer layers cost quality, GPUs cost money."""
+    for batch in reversed([d for d in range(1, now.batch) if planner.rows % d == 0]):
+        yield f"--device_batch_size={batch}", planner.memory(batch, now.mode, now.length)
+    for mode in MODES[MODES.index(now.mode) + 1 :]:
+        flags = f"--device_batch_size=1 --activation_checkpointing={mode}"
+        yield flags, planner.memory(1, mode, now.length)
+    small = "--device_batch_size=1 --activation_checkpointing=block"
+    length = now.length // 2
+    while length >= 256:
+        yield f"{small} --max_seq_len={length}", planner.memory(1, "block", length)
+        length //= 2
+    for ranks in (2, 4, 8):
+        more = replace(planner.setup, world_size=planner.setup.world_size * ranks)
+        wider = Planner(planner.config, more, max(1, planner.rows // ranks))
+        flags = f"{small}, on {more.world_size} GPUs (torchrun --nproc_per_node)"
+        if planner.setup.device_type == "cuda":
+            yield flags, wider.memory(1, "block", now.length)
+    for depth in smaller_depths(planner.config):
+        config = type(planner.config).from_depth(
+            depth, planner.config.vocab_size, planner.config.sequence_len
+        )
+        smaller = Planner(config, planner.setup, planner.rows)
+        yield f"{small} --depth={depth}", smaller.memory(1, "block", now.length)
+
+
+def smaller_depths(config: Config) -> list[int]:
+    """Some depths below this model's, if --depth made it."""
+    c = config
+    if c != type(c).from_depth(c.n_layer, c.vocab_size, c.sequence_len):
+        return []
+    return sorted({c.n_layer * share // 4 for share in (3, 2, 1)} - {0}, reverse=True)

@@ -1,0 +1,139 @@
+"""
+One real step before training begins, which shows that the memory suffices and leaves no trace.
+
+nanochat/plan.py estimates; on a GPU this has the last word. Floor 2.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from nanochat.common import UserError, print0, warn0
+from nanochat.distributed import DistInfo, sum_over_ranks
+from nanochat.flags import TrainFlags
+from nanochat.plan import gb, memory_advice, setup_of, usable_memory
+from nanochat.precision import autocast
+from nanochat.recompute import Mode, recompute
+
+
+def trial_step(
+    model: Any,
+    optimizer: Any,
+    info: DistInfo,
+    batch: int,
+    length: int,
+    rows: int,
+    autocast: Callable[[torch.device], Any],
+    step_model: Any = None,
+) -> int | None:
+    """Peak bytes of one step with real shapes, or None if some rank ran out of memory.
+
+    Weights, optimizer state, gradients and random generators are as before afterwards, to the bit,
+    and the allocator's cache is empty. `step_model` is the compiled model, if there is one: what
+    is compiled here need not be again."""
+    device = info.device
+    cuda = device.type == "cuda"
+    peak, failed = 0, False
+    with _as_before(model, optimizer, device):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            idx = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+            for _ in range(min(2, max(1, rows // batch))):  # the second finds gradients there
+                with autocast(device):
+                    loss = (step_model or model)(idx, idx, reduction="sum")
+                (loss / idx.numel()).backward()
+            del loss
+            peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+        except torch.OutOfMemoryError:
+            failed = True
+        # No rank may enter the optimizer, where ranks meet, while another cannot
+        failed = sum_over_ranks(failed, device=device)[0] > 0
+        if not failed:
+            try:
+                optimizer.step(0.0)
+                peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+            except torch.OutOfMemoryError:
+                failed = True
+            failed = sum_over_ranks(failed, device=device)[0] > 0
+    return None if failed else peak
+
+
+@contextmanager
+def _as_before(model: Any, optimizer: Any, device: torch.device) -> Iterator[None]:
+    """Whatever happens inside leaves weights, optimizer and generators as they were."""
+    cuda = device.type == "cuda"
+    rng = torch.get_rng_state()
+    cuda_rng = torch.cuda.get_rng_state(device) if cuda else None
+    weights = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
+    state = {
+        name: {entry: t.to("cpu", copy=True) for entry, t in entries.items()}
+        for name, entries in optimizer.state.items()
+    }
+    num_steps = optimizer.num_steps
+    try:
+        yield
+    finally:
+        optimizer.zero_grad()
+        optimizer.state.clear()
+        optimizer.num_steps = num_steps
+        gc.collect()  # an error's traceback holds the tensors of its frames
+        with torch.no_grad():
+            for name, t in model.state_dict().items():
+                t.copy_(weights[name])
+        for name, entries in state.items():
+            optimizer.state[name] = {entry: t.to(device) for entry, t in entries.items()}
+        torch.set_rng_state(rng)
+        if cuda_rng is not None:
+            torch.cuda.set_rng_state(cuda_rng, device)
+            torch.cuda.empty_cache()
+
+
+def confirm(
+    settled: tuple[int, Mode],
+    args: TrainFlags,
+    model: Any,
+    optimizer: Any,
+    info: DistInfo,
+    rows_per_step: int,
+    length: int,
+) -> int:
+    """The micro-batch after a trial on the GPU: that of settle(), or the next smaller that works.
+
+    Has the model recompute what settle() said. A size that was typed is not made smaller. Off GPUs
+    nothing is tried. All ranks must call it."""
+    batch, mode = settled
+    recompute(model, mode)
+    if info.device.type != "cuda":
+        return batch
+    rows = max(1, rows_per_step // info.world_size)
+    setup = setup_of(info, args)
+    step_model = torch.compile(model, dynamic=False) if setup.compiled else model
+    for size in [d for d in range(batch, 0, -1) if rows % d == 0 or d == batch]:
+        peak = trial_step(
+            model,
+            optimizer,
+            info,
+            size,
+            length,
+            rows,
+            partial(autocast, dtype=args.dtype),
+            step_model,
+        )
+        if peak is not None:
+            print0(f"trial step: at most {gb(peak)} GB in use")
+            return size
+        if args.device_batch_size != "auto":
+            break
+        warn0(f"a trial step of {size} row(s) ran out of memory; trying fewer")
+    limit = usable_memory(info)
+    raise UserError(
+        f"a trial step of --device_batch_size={size} ran out of memory\n"
+        + memory_advice(model.config, setup, rows, size, length, mode, limit)
+    )
