@@ -93,7 +93,7 @@ def compare(args: Args, info: distributed.DistInfo) -> list[dict[str, Any]]:
     cuda = info.device.type == "cuda"
     depth = args.depth if args.depth > 0 else (12 if cuda else 4)
     vocab_size, length, batches = (65_536, 2048, (2, 8)) if cuda else (8192, 256, (1, 4))
-    setup = setup_of(info, TrainFlags(compile="off" if args.eager or not cuda else "on"))
+    setup = setup_of(info, compiling(args, info))
     rows = []
     for arch in ("gpt", "qwen2.5"):
         config, _ = make_config(arch, depth, vocab_size, length)
@@ -120,6 +120,10 @@ def compare(args: Args, info: distributed.DistInfo) -> list[dict[str, Any]]:
                 )  # fmt: skip
                 print({k: v for k, v in rows[-1].items() if not isinstance(v, dict)}, flush=True)
     return rows
+
+
+def compiling(args: Args, info: distributed.DistInfo) -> TrainFlags:
+    return TrainFlags(compile="off" if args.eager or info.device.type != "cuda" else "on")
 
 
 def main(args: Args) -> None:

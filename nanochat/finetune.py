@@ -124,10 +124,9 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     optimizer = continued_optimizer(
         lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device
     )
-    args.device_batch_size = confirm(settled, args, model, optimizer, info, rows_per_step, seq_len)
-    loader = StepLoader(
-        reader, rows_per_step, args.device_batch_size, info.rank, info.world_size, info.device
-    )
+    micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, seq_len)
+    args.device_batch_size = micro_batch
+    loader = StepLoader(reader, rows_per_step, micro_batch, info.rank, info.world_size, info.device)
     trainer = Trainer(
         stage,
         args.model_tag or start.tag,
@@ -149,7 +148,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     )
     for step in trainer.steps():
         if val_reader is not None and trainer.is_due(args.eval_every, at_start=True):
-            trainer.record(val_loss=validation_loss(args, trainer, val_reader))
+            trainer.record(val_loss=validation_loss(args, trainer, val_reader, micro_batch))
         if trainer.is_due(-1) and info.rank == 0:
             sample_replies(trainer, tokenizer, args.sample_prompts)
         if trainer.is_due(args.save_every):
@@ -163,11 +162,13 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         trainer.step(loader.step(step), lr_mul, muon_momentum(step), decay)
 
 
-def validation_loss(args: ConversationFlags, trainer: Trainer, reader: RowReader) -> float:
+def validation_loss(
+    args: ConversationFlags, trainer: Trainer, reader: RowReader, micro_batch: int
+) -> float:
     """Mean loss over the same rows every time, shared out over the ranks."""
     info = trainer.info
     batches = eval_batches(
-        reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size, info.device
+        reader, args.eval_tokens, micro_batch, info.rank, info.world_size, info.device
     )
     with trainer.autocast():
         return evaluate_loss(trainer.model, trainer.until_stopping(batches))

@@ -114,18 +114,10 @@ def confirm(
         return batch
     rows = max(1, rows_per_step // info.world_size)
     setup = setup_of(info, args)
+    precision = partial(autocast, dtype=args.dtype)
     step_model = torch.compile(model, dynamic=False) if setup.compiled else model
     for size in [d for d in range(batch, 0, -1) if rows % d == 0 or d == batch]:
-        peak = trial_step(
-            model,
-            optimizer,
-            info,
-            size,
-            length,
-            rows,
-            partial(autocast, dtype=args.dtype),
-            step_model,
-        )
+        peak = trial_step(model, optimizer, info, size, length, rows, precision, step_model)
         if peak is not None:
             print0(f"trial step: at most {gb(peak)} GB in use")
             return size

@@ -147,7 +147,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     loader = StepLoader(
         reader,
         rows_per_step,
-        micro_batch,
+        args.device_batch_size,
         info.rank,
         info.world_size,
         info.device,
@@ -173,7 +173,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     for step in trainer.steps():
         if trainer.is_due(args.eval_every, at_start=True):
             batches = eval_batches(
-                val_reader, args.eval_tokens, micro_batch, info.rank, info.world_size,
+                val_reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size,
                 info.device,
             )  # fmt: skip
             batches = trainer.until_stopping(batches)

@@ -89,11 +89,15 @@ def test_auto_recomputes_only_where_it_must() -> None:
     assert planner.choose(only_block, 32 * 128, ("none",)) is None
 
 
+def asked(rows: Any, mode: Any = "auto") -> TrainFlags:
+    return TrainFlags(device_batch_size=rows, activation_checkpointing=mode)
+
+
 def test_a_cpu_takes_a_micro_batch_that_suits_its_caches(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert settle(
-        TrainFlags(device_batch_size="auto", activation_checkpointing="auto"),
+        asked("auto", "auto"),
         SMALL["gpt"],
         HERE,
         64,
@@ -101,15 +105,13 @@ def test_a_cpu_takes_a_micro_batch_that_suits_its_caches(
     ) == (16, "none")  # 2,048 tokens
     assert "micro-batch: 16 row(s) of 128 tokens" in capsys.readouterr().out
     assert settle(
-        TrainFlags(device_batch_size=3, activation_checkpointing="auto"),
+        asked(3, "auto"),
         SMALL["gpt"],
         HERE,
         64,
         128,
     ) == (3, "none")
-    assert settle(
-        TrainFlags(device_batch_size=3, activation_checkpointing="mlp"), SMALL["gpt"], HERE, 64, 128
-    ) == (3, "mlp")
+    assert settle(asked(3, "mlp"), SMALL["gpt"], HERE, 64, 128) == (3, "mlp")
 
 
 @pytest.mark.parametrize("arch", SMALL)
@@ -128,9 +130,7 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPa
     limit = planner.memory(2).total
     monkeypatch.setattr(plan, "usable_memory", lambda info: limit)
     with pytest.raises(UserError) as e:
-        settle(
-            TrainFlags(device_batch_size=8, activation_checkpointing="none"), config, HERE, 16, 512
-        )
+        settle(asked(8, "none"), config, HERE, 16, 512)
     said = str(e.value)
     assert f"takes {plan.gb(planner.memory(8).total)} GB" in said
     assert f"{plan.gb(limit)} GB can be used" in said and "optimizer state" in said
@@ -143,7 +143,7 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPa
     assert line.endswith(f": {plan.gb(planner.memory(2).total)} GB")
     assert (
         settle(
-            TrainFlags(device_batch_size="auto", activation_checkpointing="auto"),
+            asked("auto", "auto"),
             config,
             HERE,
             16,
@@ -154,7 +154,7 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(plan, "usable_memory", lambda info: 1000)
     with pytest.raises(UserError, match="nothing would fit"):
         settle(
-            TrainFlags(device_batch_size="auto", activation_checkpointing="auto"),
+            asked("auto", "auto"),
             config,
             HERE,
             16,
