@@ -28,21 +28,25 @@ import torch
 
 from nanochat import schedule
 from nanochat.checkpoint import (
+    LOG,
     load_weights,
     optim_reader,
     prune,
+    run_dir,
     set_aside,
+    set_log_aside,
     snapshot,
     step_dir,
     write_checkpoint,
 )
-from nanochat.common import UserError, append_jsonl, get_base_dir, print0, warn0
+from nanochat.common import UserError, append_jsonl, print0, warn0
 from nanochat.dataloader import IGNORE, MicroBatch, StepLoader
 from nanochat.distributed import DistInfo, all_reduce_sum, sum_over_ranks
 from nanochat.flags import TrainFlags
-from nanochat.machine import machine_info, peak_flops, versions
+from nanochat.machine import peak_flops
 from nanochat.models import config_to_dict
 from nanochat.optim import MuonAdamW
+from nanochat.record import find_log, first_start, run_record
 from nanochat.start import find_resumable, identity, refuse_changes
 
 T = TypeVar("T")
@@ -89,7 +93,7 @@ class Trainer:
         # Evaluation and sampling use the plain module: other shapes would compile again.
         compiles = info.device.type == "cuda"
         self.step_model = torch.compile(model, dynamic=False) if compiles else model
-        self.log_path = get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
+        self.log_path = run_dir(stage, tag) / LOG
         self.wandb: Any = None
         self._wandb_id: str | None = None
         self._events_done = False  # those of the present step, before the checkpoint we resumed
@@ -113,6 +117,10 @@ class Trainer:
         and end the process with status 0. A second Ctrl-C does not wait."""
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
+            self._check_repeats()
+            if self.args.dry_run:
+                print0(f"--dry_run: {self.stage} {self.tag} could begin; nothing was trained")
+                return
             self._resume()
             self._start_log()
             while True:
@@ -171,6 +179,19 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.args, self.model, self.num_steps, self.meta)
+
+    def _check_repeats(self) -> None:
+        """Refuses, as --repeats asks, to be another run than that one."""
+        if self.args.repeats is None:
+            return
+        log = find_log(self.args.repeats)
+        if log == self.log_path:
+            raise UserError(
+                f"--model_tag={self.tag} is the run to repeat, and would be replaced by its "
+                "repetition; give another --model_tag"
+            )
+        then, now = first_start(log)["identity"], self._identity()
+        refuse_changes(log.parent, then, now, self.args.allow_changes, "repeat")
 
     def _resume(self) -> None:
         found = find_resumable(self.stage, self.tag, self.args, self.info)
@@ -347,18 +368,22 @@ class Trainer:
             # Steps taken again after a kill are drawn over themselves; wandb's own count of steps
             # only goes up and would drop them.
             self.wandb.define_metric("*", step_metric="step")
-        num_params = sum(p.numel() for p in self.model.parameters())
+        groups = self.model.param_groups()
+        parts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
+        num_params = sum(parts.values())
         print0(
             f"{self.stage}: {self.tag}, {num_params:,} parameters, {self.num_steps} steps, "
             f"{self.info.world_size} rank(s) on {self.info.device.type}"
         )
         if self.info.rank == 0 and self._saved is None:
-            self.log_path.unlink(missing_ok=True)  # a new run of this tag
-        self.log(
-            "start", args=asdict(self.args), model=config_to_dict(self.model.config),
-            num_params=num_params, num_steps=self.num_steps, machine=machine_info(),
-            versions=versions(), data=self.meta["data"],
-        )  # fmt: skip
+            set_log_aside(self.stage, self.tag)  # a new run of this tag
+        if self.info.rank == 0:
+            self.log(
+                "start", args=asdict(self.args), model=config_to_dict(self.model.config),
+                num_params=num_params, params=parts, num_steps=self.num_steps,
+                flops_per_token=self.model.flops_per_token(), identity=self._identity(),
+                **self.meta, **run_record(self.args, self.log_path.parent, self.info.world_size),
+            )  # fmt: skip
 
     def log(self, event: str, **values: Any) -> None:
         """One row in the run's JSONL file (rank 0), and in wandb if --run names a run."""

@@ -6,7 +6,8 @@ Reinforcement learning on problems whose answers can be checked (GSM8K, or rows 
 
 Each step takes a few problems, samples several replies to each, rewards the right ones, and makes
 what did better than its group's mean more likely. Starts from the newest SFT model and saves to
-chatrl_checkpoints/<tag>/. See nanochat/rollout.py for the method.
+chatrl_checkpoints/<tag>/. Rates and optimizer are its own: gradients of rewards are unlike those of
+text. See nanochat/rollout.py for the method.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Args(flags.FinetuneFlags):
 
 def main(args: Args) -> None:
     # Looking at data needs no GPU
-    with distributed.session("cpu" if args.preview else args.device_type, args.seed) as info:
+    device_type = "cpu" if args.preview else args.device_type
+    with distributed.session(device_type, args.seed, args.deterministic) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         train(args, start, info)
 
