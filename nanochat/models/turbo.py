@@ -11,6 +11,7 @@ nanochat's; each is named where it stands. Shape letters: see layers.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ class Block(nn.Module):
     def __init__(self, config: TurboConfig, layer: int) -> None:
         super().__init__()
         self.attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config)  # type: ignore[arg-type]  # of the GPT's config it reads n_embd
 
     def forward(
         self,
@@ -145,6 +146,8 @@ class Turbo(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Writes every parameter and buffer. Needed after to_empty(): the memory holds anything."""
         bound = (3 / self.config.n_embd) ** 0.5  # a uniform of standard deviation 1/sqrt(D)
+        block: Any
+        table: Any
         for block in self.h:
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 linear.weight.uniform_(-bound, bound, generator=generator)
