@@ -64,9 +64,13 @@ def main(args: Args) -> None:
     runs = []
     for depth in args.depths.split(","):
         for seed in range(args.seeds):
-            for arch in args.archs.split(","):  # side by side in time, whatever else the machine does
+            for arch in args.archs.split(
+                ","
+            ):  # side by side in time, whatever else the machine does
                 runs.append(one(args, env, arch, int(depth), seed))
-                print0(f"{arch} d{depth} seed {seed}: {runs[-1]['bpb']} in {runs[-1]['minutes']} min")
+                print0(
+                    f"{arch} d{depth} seed {seed}: {runs[-1]['bpb']} in {runs[-1]['minutes']} min"
+                )
     write_json(
         args.out,
         {"machine": machine_info(), "versions": versions(), "peer": PEER, "runs": runs,
@@ -99,13 +103,14 @@ def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> di
 
 
 def run(env: dict[str, str], module: str, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=REPO, env=env)
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=REPO, env=env, check=False)
     if done.returncode:
         raise UserError(f"{module} {' '.join(arguments)} ended with status {done.returncode}")
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Final bits per byte and minutes of each architecture and depth: mean and spread over seeds."""
+    """Final bits per byte and minutes by architecture and depth: mean and spread over seeds."""
     result = {}
     for name in sorted({(r["arch"], r["depth"]) for r in runs}):
         same = [r for r in runs if (r["arch"], r["depth"]) == name]

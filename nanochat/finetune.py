@@ -17,11 +17,16 @@ from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_conversations
-from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum
+from nanochat.schedule import (
+    decay_multiplier,
+    grad_accum_steps,
+    lr_multiplier,
+    muon_momentum,
+)
 from nanochat.start import Start, continued_optimizer, inherit, start_from
 from nanochat.tasks.custom import load_own
 from nanochat.tasks.mixture import TaskMixture, build_mixture
-from nanochat.train import Trainer, autocast
+from nanochat.train import Trainer
 
 FEW_STEPS = 10  # fewer can hardly change a model
 
@@ -150,7 +155,8 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         lr_mul = lr_multiplier(
             step, num_steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac
         )
-        trainer.step(loader.step(step), lr_mul, muon_momentum(step))
+        decay = decay_multiplier(step, num_steps)
+        trainer.step(loader.step(step), lr_mul, muon_momentum(step), decay)
 
 
 def validation_loss(args: ConversationFlags, trainer: Trainer, reader: RowReader) -> float:
@@ -159,7 +165,7 @@ def validation_loss(args: ConversationFlags, trainer: Trainer, reader: RowReader
     batches = eval_batches(
         reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size, info.device
     )
-    with autocast(info.device):
+    with trainer.autocast():
         return evaluate_loss(trainer.model, trainer.until_stopping(batches))
 
 

@@ -84,7 +84,16 @@ class DeviceFlags:
 
 
 @dataclass
-class TrainFlags(DeviceFlags):
+class PrecisionFlags(DeviceFlags):
+    """In which number format to compute."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Format of matrix products. auto: bfloat16 on GPUs that have it, float16 on older ones, else
+    float32. Weights, optimizer and loss are float32 always."""
+
+
+@dataclass
+class TrainFlags(PrecisionFlags):
     """What the four training stages have in common."""
 
     run: str = "dummy"
@@ -95,6 +104,12 @@ class TrainFlags(DeviceFlags):
     """Seed of initial weights, data order and sampling."""
     device_batch_size: int = 32
     """Rows in one micro-batch on one rank. Lower it when memory runs out: results stay the same."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step. auto: where a trial shows that it works, on a CPU only for a run
+    that is long enough to gain by it."""
+    fp8: bool = False
+    """Compute the large inner matrix products of training in 8 bits (GPUs from Ada and Hopper on).
+    Worth it from about a billion parameters."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices and embeddings, at the peak learning rate."""
     embedding_lr: float = 0.2
@@ -223,9 +238,9 @@ class InheritedFlags(FinetuneFlags):
 FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
-        "run", "model_tag", "device_type", "device_batch_size", "preview", "resume",
-        "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream",
-        "eval_every",
+        "run", "model_tag", "device_type", "device_batch_size", "dtype", "compile", "preview",
+        "resume", "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir",
+        "stream", "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         # compared by what comes of them: shape, number of steps, fingerprints, starting weights

@@ -35,7 +35,7 @@ from nanochat.schedule import (
 from nanochat.start import base_meta, continued_config, load_base, lr_frac
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train import Trainer, autocast
+from nanochat.train import Trainer
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -171,10 +171,10 @@ def train(args: Args, info: distributed.DistInfo) -> None:
                 info.device,
             )  # fmt: skip
             batches = trainer.until_stopping(batches)
-            with autocast(info.device):
+            with trainer.autocast():
                 trainer.record(val_bpb=evaluate_bpb(model, batches, tokenizer.token_bytes))
         if args.core_metric_every > 0 and trainer.is_due(args.core_metric_every):
-            with autocast(info.device):
+            with trainer.autocast():
                 core = evaluate_core(
                     model, tokenizer, bundle, args.core_metric_max_per_task,
                     stopped=trainer.stopping,
