@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import flags
-from nanochat.checkpoint import FILES, list_steps, step_dir
-from nanochat.common import get_base_dir, read_json, read_jsonl, seed_from, write_json
+from nanochat.checkpoint import FILES, LOG, list_steps, run_dir, step_dir
+from nanochat.common import read_json, read_jsonl, seed_from, write_json
 from nanochat.dataset import iter_texts, train_files
 from nanochat.machine import machine_info, versions
 from nanochat.manifest import find_damage, read_manifest
@@ -273,10 +273,7 @@ def differences(stage: str, tag: str, other: str) -> list[str]:
         ]
         metas = [_lasting(read_json(folder / "meta.json")) for folder in (one, two)]
         found += [f"step {step}: {k} {metas[0][k]}" for k in metas[0] if metas[0][k] != metas[1][k]]
-    logs = [
-        [row for _, row in read_jsonl(get_base_dir() / "report" / f"train_{stage}_{t}.jsonl")]
-        for t in (tag, other)
-    ]
+    logs = [[row for _, row in read_jsonl(run_dir(stage, t) / LOG)] for t in (tag, other)]
     # "start" and "shard" rows say what a process did, not what the run is.
     rows = [[_lasting(r) for r in log if r["event"] not in ("start", "shard")] for log in logs]
     for one_row, other_row in itertools.zip_longest(*rows):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import flags
+from nanochat.checkpoint import LOG, STAGE_FOLDERS
 from nanochat.common import UserError, print0, read_jsonl, write_json
 from nanochat.machine import machine_info, versions
 
@@ -88,7 +89,7 @@ def main(args: Args) -> None:
         for link, target in LINKS.items():
             (base_dir / link).symlink_to(data / target)
         runs = [run(command, base_dir) for command in COMMANDS]
-        rows = [row for _, row in read_jsonl(base_dir / "report" / "train_base_d4.jsonl")]
+        rows = [row for _, row in read_jsonl(base_dir / STAGE_FOLDERS["base"] / "d4" / LOG)]
         bpb = {row["step"]: round(row["val_bpb"], 4) for row in rows if "val_bpb" in row}
     print0(f"validation bits per byte by step: {bpb}")
     result = {"machine": machine_info(), "versions": versions(), "val_bpb": bpb, "runs": runs}

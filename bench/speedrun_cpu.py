@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import flags
+from nanochat.checkpoint import LOG, STAGE_FOLDERS
 from nanochat.common import read_jsonl, write_json
 
 REPO = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def collect(base_dir: Path, wall_seconds: float | None) -> dict[str, Any]:
     seconds, pass1, about = {}, [], {}
     for stage in STAGES:
         seconds[stage] = 0.0  # with evaluations and saves; pretraining has two parts
-        for path in report.glob(f"train_{stage}_*.jsonl"):
+        for path in (base_dir / STAGE_FOLDERS[stage]).glob(f"*/{LOG}"):
             rows = [row for _, row in read_jsonl(path)]
             about = {"machine": rows[0]["machine"], "versions": rows[0]["versions"]}
             seconds[stage] += rows[-1]["time"] - rows[0]["time"]

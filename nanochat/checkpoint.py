@@ -1,6 +1,9 @@
 """
 Checkpoints: one format for every stage, whole or not there, and no pickle.
 
+    <base>/<stage>_checkpoints/<tag>/        the folder of a run
+        log.jsonl            what it was made of, and all it measured (see report/runs.py)
+        code-<hash>.diff     what had been changed in the code since its commit, if anything had
     <base>/<stage>_checkpoints/<tag>/step_000200/
         model.safetensors    weights
         optim.safetensors    optimizer state, independent of the number of ranks
@@ -39,6 +42,7 @@ STAGE_FOLDERS = {
 STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 STEP_NAME = re.compile(r"step_(\d{6,})")
 FILES = ("model.safetensors", "optim.safetensors", "meta.json")
+LOG = "log.jsonl"
 
 
 def stage_dir(source: str) -> Path:
@@ -48,17 +52,22 @@ def stage_dir(source: str) -> Path:
     return get_base_dir() / STAGE_FOLDERS[source]
 
 
+def run_dir(source: str, tag: str) -> Path:
+    """The folder of one run: its log and its checkpoints."""
+    return stage_dir(source) / tag
+
+
 def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
 def step_dir(source: str, tag: str, step: int) -> Path:
-    return stage_dir(source) / tag / step_name(step)
+    return run_dir(source, tag) / step_name(step)
 
 
 def list_steps(source: str, tag: str) -> list[int]:
     """Steps with a checkpoint, ascending. Temporary folders do not count."""
-    return _steps_in(stage_dir(source) / tag)
+    return _steps_in(run_dir(source, tag))
 
 
 def _steps_in(folder: Path) -> list[int]:
@@ -223,13 +232,29 @@ def set_aside(source: str, tag: str, after: int = -1) -> None:
     if not later:
         return
     old = stage_dir(source) / ".old" / tag
-    if after < 0:
-        shutil.rmtree(old, ignore_errors=True)
     old.mkdir(parents=True, exist_ok=True)
+    for step in _steps_in(old) if after < 0 else []:
+        shutil.rmtree(old / step_name(step), ignore_errors=True)
     for step in later:
         shutil.rmtree(old / step_name(step), ignore_errors=True)
         step_dir(source, tag, step).rename(old / step_name(step))
     print0(f"the earlier checkpoints of {tag}, steps {later}, are in {old} now")
+
+
+def set_log_aside(source: str, tag: str) -> None:
+    """A new run of an old tag begins a new log; the old one goes where its checkpoints will go,
+    or away if there are none. Rank 0 only."""
+    folder, old = run_dir(source, tag), stage_dir(source) / ".old" / tag
+    files = [path for path in (folder / LOG, *folder.glob("code-*.diff")) if path.exists()]
+    if not list_steps(source, tag):
+        for path in files:
+            path.unlink()
+    elif files:
+        old.mkdir(parents=True, exist_ok=True)
+        for path in (old / LOG, *old.glob("code-*.diff")):
+            path.unlink(missing_ok=True)
+        for path in files:
+            path.rename(old / path.name)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -311,9 +336,9 @@ def optim_reader(folder: Path) -> Callable[[str], torch.Tensor]:
             return file.get_tensor(name)
         except SafetensorError as e:
             raise UserError(
-                f"{folder} has no optimizer state {name}: another version of nanochat wrote it, "
-                "and its run cannot be resumed. Its weights are good: finetune from them, or train "
-                f"again under another --model_tag ({e})"
+                f"{folder} has no optimizer state {name}: another version of nanochat wrote it. "
+                "Its run cannot be resumed; the next stage, or base_train --source_tag, can train "
+                f"on from its weights ({e})"
             ) from e
 
     return get

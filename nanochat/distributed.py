@@ -48,8 +48,16 @@ def pick_device_type(device_type: str = "") -> str:
 
 
 @contextmanager
-def session(device_type: str = "", seed: int = 42) -> Iterator[DistInfo]:
-    """Joins the process group if torchrun made one, seeds torch, leaves the group at the end."""
+def session(
+    device_type: str = "", seed: int = 42, deterministic: bool = False
+) -> Iterator[DistInfo]:
+    """Joins the process group if torchrun made one, seeds torch, leaves the group at the end.
+
+    `deterministic`: kernels that give the same bits every time (see repeatable)."""
+    if deterministic:
+        with repeatable(), session(device_type, seed) as info:
+            yield info
+        return
     kind = pick_device_type(device_type)
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -73,6 +81,33 @@ def session(device_type: str = "", seed: int = 42) -> Iterator[DistInfo]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Within it the same operations give the same bits on the same GPUs, driver and versions.
+
+    PyTorch takes kernels that add in a fixed order, in attention's and embedding's gradients for
+    instance, and refuses what has none; cuBLAS gets a fixed workspace, which it reads when a
+    process first uses it, so this must come before; compiled kernels are chosen without timing
+    (https://docs.pytorch.org/docs/stable/notes/randomness.html). Costs speed. On a CPU the same
+    number of threads gives the same bits without it."""
+    # ":16:8" would be smaller and slower. Whoever has set it knows why.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from torch._inductor import config as inductor
+
+    before = torch.are_deterministic_algorithms_enabled()
+    benchmark, cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    # Older versions of PyTorch lack the flag; there it is autotuning that must be off (the default)
+    knobs = {"deterministic": True, "max_autotune": False, "coordinate_descent_tuning": False}
+    try:
+        with inductor.patch({k: v for k, v in knobs.items() if hasattr(inductor, k)}):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = benchmark, cudnn
 
 
 def is_distributed() -> bool:

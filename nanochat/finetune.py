@@ -11,21 +11,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat import distributed, flags
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, print0, warn0
 from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_batches
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_conversations
-from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum
-from nanochat.start import Start, start_from
+from nanochat.schedule import (
+    decay_multiplier,
+    grad_accum_steps,
+    lr_multiplier,
+    muon_momentum,
+)
+from nanochat.start import Start, continued_optimizer, inherit, start_from
 from nanochat.tasks.custom import load_own
 from nanochat.tasks.mixture import TaskMixture, build_mixture
-from nanochat.train import Trainer, autocast
+from nanochat.train import Trainer
+
+FEW_STEPS = 10  # fewer can hardly change a model
 
 
 @dataclass
-class ConversationFlags(flags.ScheduleFlags, flags.FinetuneFlags):
+class ConversationFlags(flags.InheritedFlags, flags.ScheduleFlags):
     """Flags of the stages that train on conversations; the scripts set source and mixture."""
 
     source: flags.Source = "base"
@@ -42,10 +49,6 @@ class ConversationFlags(flags.ScheduleFlags, flags.FinetuneFlags):
     rows. Default: what the head of the stage's script says."""
     val_mixture: str | None = None
     """Tasks whose test split gives the validation loss; empty: none. Default: as for --mixture."""
-    max_seq_len: int = -1
-    """Tokens in a row; -1: as the model was trained."""
-    total_batch_size: int = -1
-    """Tokens in one optimizer step, over all ranks; -1: as the model was trained."""
     num_iterations: int = -1
     """Optimizer steps; -1: --num_epochs over the mixture."""
     num_epochs: float = 1.0
@@ -56,17 +59,6 @@ class ConversationFlags(flags.ScheduleFlags, flags.FinetuneFlags):
     """Questions to answer in samples at the end, separated by |."""
 
 
-def resolve(args: ConversationFlags, start: Start) -> tuple[int, int]:
-    """(row length without the target, tokens a step): typed, or as the checkpoint was trained."""
-    seq_len = args.max_seq_len if args.max_seq_len > 0 else start.model.config.sequence_len
-    total = args.total_batch_size
-    if total < 0:
-        total = start.meta["args"].get("total_batch_size", -1)
-    if total < 0:
-        raise UserError("--total_batch_size: the checkpoint does not say; give the tokens a step")
-    return seq_len, total
-
-
 def finetune(args: ConversationFlags, stage: str, mixture: str, val_mixture: str) -> None:
     """Runs mid_train or chat_sft, with these mixtures unless the flags name others, or own data."""
     if args.mixture is None:
@@ -74,7 +66,7 @@ def finetune(args: ConversationFlags, stage: str, mixture: str, val_mixture: str
     if args.val_mixture is None:
         args.val_mixture = "" if args.data else val_mixture
     device_type = "cpu" if args.preview else args.device_type  # looking at data needs no GPU
-    with distributed.session(device_type, args.seed) as info:
+    with distributed.session(device_type, args.seed, args.deterministic) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         _train(args, stage, start, info)
 
@@ -98,7 +90,7 @@ def load_mixtures(args: ConversationFlags) -> tuple[TaskMixture, TaskMixture | N
 def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.DistInfo) -> None:
     tokenizer, model = start.tokenizer, start.model
     bos = tokenizer.get_bos_token_id()
-    args.max_seq_len, args.total_batch_size = resolve(args, start)
+    inherit(args, start)
     seq_len = args.max_seq_len
     if not args.preview:
         grad_accum_steps(args.total_batch_size, args.device_batch_size, seq_len, info.world_size)
@@ -110,18 +102,25 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     if args.preview:
         return preview_conversations(mixture, source, reader, tokenizer, validation)
     print0(f"{mixture.describe()}\n{source.account()}\nvalidation: {validation}")
-    val_source = None
+    val_reader = None
     if val_mixture is not None:
         val_source = ConversationSource(val_mixture, tokenizer, seq_len + 1)
+        val_reader = RowReader(val_source, seq_len + 1, 0, bos)
 
     rows_per_step = args.total_batch_size // seq_len
     num_steps = args.num_iterations
     if num_steps <= 0:
         num_steps = max(1, round(args.num_epochs * reader.rows_per_epoch() / rows_per_step))
-    optimizer = make_optimizer(
-        model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-        args.init_lr_frac,
-    )  # fmt: skip
+        if num_steps < FEW_STEPS:
+            warn0(
+                f"--num_epochs={args.num_epochs:g} is over in {num_steps} steps of "
+                f"--total_batch_size={args.total_batch_size:,} tokens; a smaller batch or more "
+                "epochs give the model more steps to learn in"
+            )
+    rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
+    optimizer = continued_optimizer(
+        lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device
+    )
     loader = StepLoader(
         reader, rows_per_step, args.device_batch_size, info.rank, info.world_size, info.device
     )
@@ -138,14 +137,15 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "data": {"train": source.fingerprint},
             "started_from": start.name,
+            "optimizer_from": start.name if optimizer.num_steps else None,  # cold
             "mixture": " | ".join(filter(None, [args.mixture, args.data])),
             "validation": validation,
         },
         loader=loader,
     )
     for step in trainer.steps():
-        if val_source is not None and trainer.is_due(args.eval_every, at_start=True):
-            trainer.record(val_loss=validation_loss(args, trainer, val_source, bos))
+        if val_reader is not None and trainer.is_due(args.eval_every, at_start=True):
+            trainer.record(val_loss=validation_loss(args, trainer, val_reader))
         if trainer.is_due(-1) and info.rank == 0:
             sample_replies(trainer, tokenizer, args.sample_prompts)
         if trainer.is_due(args.save_every):
@@ -155,19 +155,17 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         lr_mul = lr_multiplier(
             step, num_steps, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac
         )
-        trainer.step(loader.step(step), lr_mul, muon_momentum(step))
+        decay = decay_multiplier(step, num_steps)
+        trainer.step(loader.step(step), lr_mul, muon_momentum(step), decay)
 
 
-def validation_loss(
-    args: ConversationFlags, trainer: Trainer, source: ConversationSource, bos: int
-) -> float:
+def validation_loss(args: ConversationFlags, trainer: Trainer, reader: RowReader) -> float:
     """Mean loss over the same rows every time, shared out over the ranks."""
     info = trainer.info
     batches = eval_batches(
-        RowReader(source, args.max_seq_len + 1, 0, bos), args.eval_tokens, args.device_batch_size,
-        info.rank, info.world_size, info.device,
-    )  # fmt: skip
-    with autocast(info.device):
+        reader, args.eval_tokens, args.device_batch_size, info.rank, info.world_size, info.device
+    )
+    with trainer.autocast():
         return evaluate_loss(trainer.model, trainer.until_stopping(batches))
 
 

@@ -40,11 +40,23 @@ def alias(*names: str) -> Any:
 def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
     """Parses `argv` (default: the process's own).
 
-    Unknown flags end the process with a suggestion."""
+    Unknown flags end the process with a suggestion; a class with an attribute `passed_on` (no
+    field) gets them there instead, for the program that it starts."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
         words.remove("--")
-    return tyro.cli(args_class, args=words)
+    if hasattr(args_class, "passed_on"):
+        args, rest = tyro.cli(args_class, args=words, return_unknown_args=True)
+        args.passed_on = rest  # type: ignore[attr-defined]
+        return args
+    args = tyro.cli(args_class, args=words)
+    vars(args)["typed"] = words  # no field: asdict() and comparisons do not see it
+    return args
+
+
+def typed(args: Any) -> list[str] | None:
+    """The words of the command line that `args` were parsed from; None if they were not."""
+    return vars(args).get("typed")
 
 
 def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | None = None) -> None:
@@ -72,7 +84,16 @@ class DeviceFlags:
 
 
 @dataclass
-class TrainFlags(DeviceFlags):
+class PrecisionFlags(DeviceFlags):
+    """In which number format to compute."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Format of matrix products. auto: bfloat16 on GPUs that have it, float16 on older ones, else
+    float32. Weights, optimizer and loss are float32 always."""
+
+
+@dataclass
+class TrainFlags(PrecisionFlags):
     """What the four training stages have in common."""
 
     run: str = "dummy"
@@ -83,6 +104,12 @@ class TrainFlags(DeviceFlags):
     """Seed of initial weights, data order and sampling."""
     device_batch_size: int = 32
     """Rows in one micro-batch on one rank. Lower it when memory runs out: results stay the same."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step. auto: where a trial shows that it works, on a CPU only for a run
+    that is long enough to gain by it."""
+    fp8: bool = False
+    """Compute the large inner matrix products of training in 8 bits (GPUs from Ada and Hopper on).
+    Worth it from about a billion parameters."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the matrices and embeddings, at the peak learning rate."""
     embedding_lr: float = 0.2
@@ -107,6 +134,14 @@ class TrainFlags(DeviceFlags):
     """What may differ from the run that is resumed, joined by |, as its refusal names it."""
     preview: bool = False
     """Print a few decoded rows with what is trained on marked, and stop."""
+    deterministic: bool = False
+    """On a GPU: the same bits every time, from the same flags on the same machine and versions.
+    Slower: no kernel that adds in any order, none chosen by timing. A CPU does so by itself."""
+    repeats: str | None = None
+    """A run, as base/d4 or its folder, that this one repeats: refuse to start unless flags, data,
+    tokenizer and starting weights are as they were then (see scripts.rerun)."""
+    dry_run: bool = False
+    """Get everything ready, compare it with --repeats, and stop before the first step."""
 
 
 @dataclass
@@ -121,6 +156,39 @@ class ScheduleFlags:
     """Share of the learning rate that is left at the end."""
     eval_tokens: int = 20 * 524_288
     """Validation tokens at most, whatever the batch size."""
+
+
+@dataclass
+class HorizonFlags(ScheduleFlags, TrainFlags):
+    """Length, batch and rates of pretraining. nanochat/recipe.py fills in what is -1."""
+
+    num_iterations: int = -1
+    """Optimizer steps; -1: use one of the next three."""
+    target_flops: float = -1.0
+    """Train for this many FLOPs; -1: use the next."""
+    target_tokens: float = -1.0
+    """Train on this many tokens; -1: use the next."""
+    target_param_data_ratio: float = 20.0
+    """Train on this many tokens per parameter (20: Hoffmann et al., arXiv 2203.15556)."""
+    total_batch_size: int = -1
+    """Tokens in one optimizer step, over all ranks; -1: by the tokens that are trained on."""
+    embedding_lr: float = -1.0
+    """AdamW learning rate of the token embedding, for a width of 768; -1: 0.3 at the batch that
+    --total_batch_size=-1 gives, and by the root of the batch at another."""
+    unembedding_lr: float = -1.0
+    """AdamW learning rate of the output head, for a width of 768; -1: 0.008, likewise."""
+    matrix_lr: float = -1.0
+    """Muon learning rate of the weight matrices; -1: 0.02, likewise."""
+    scalar_lr: float = -1.0
+    """AdamW learning rate of --arch=turbo's scalars; -1: 0.5, likewise."""
+    weight_decay: float = -1.0
+    """Decoupled, cautious weight decay of the matrices, falling to 0 over the run; -1: 0.28."""
+    warmup_steps: int = 40
+    """Steps of linear warm-up."""
+    warmdown_ratio: float = 0.65
+    """Share of the run over which the learning rate falls."""
+    final_lr_frac: float = 0.05
+    """Share of the learning rate that is left at the end."""
 
 
 @dataclass
@@ -143,13 +211,36 @@ class FinetuneFlags(TrainFlags):
     """Learning rates start at this share of the values above."""
 
 
+@dataclass
+class InheritedFlags(FinetuneFlags):
+    """What mid and SFT take over from the run that made their checkpoint, unless it is typed.
+
+    nanochat/start.py fills in every flag that is declared here. RL has its own."""
+
+    max_seq_len: int = -1
+    """Tokens in a row; -1: as the model was trained."""
+    total_batch_size: int = -1
+    """Tokens in one optimizer step, over all ranks; -1: as the model was trained."""
+    embedding_lr: float = -1.0
+    """AdamW learning rate of the token embedding, for a width of 768; -1: as it was at its peak."""
+    unembedding_lr: float = -1.0
+    """AdamW learning rate of the output head, for a width of 768; -1: as it was at its peak."""
+    matrix_lr: float = -1.0
+    """Muon learning rate of the weight matrices; -1: as it was at its peak."""
+    weight_decay: float = -1.0
+    """Decoupled weight decay of the matrices and embeddings; -1: as the model was trained."""
+    load_optimizer: Literal[0, 1] = 1
+    """1: a warm start, with the checkpoint's optimizer state if it has one; 0: a cold start."""
+
+
 # Flags that may differ when a run is resumed. Every other one decides what is learned and must be
 # as it was (nanochat/start.py compares them).
 FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
-        "run", "model_tag", "device_type", "device_batch_size", "preview", "resume",
-        "resume_from_step", "allow_changes", "token_cache_dir", "stream", "eval_every",
+        "run", "model_tag", "device_type", "device_batch_size", "dtype", "compile", "preview",
+        "resume", "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir",
+        "stream", "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         # compared by what comes of them: shape, number of steps, fingerprints, starting weights

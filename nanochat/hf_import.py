@@ -43,8 +43,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "model_*.pt", "tokenizer.pkl"]
 OLD_NAME = re.compile(r"model_(\d+)\.pt")
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names -> torch's
-# What mid_train takes for its own unless told: base_train's default, as an import has none.
-TOTAL_BATCH_SIZE = 524_288
 
 
 @dataclass
@@ -103,7 +101,7 @@ def import_model(
         "config": config_to_dict(config),
         "tokenizer": tokenizer_name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "args": {"total_batch_size": TOTAL_BATCH_SIZE},
+        "args": {},  # what it was trained with is not known
         "imported": {"from": where, "dtype": types, "max_position_embeddings": trained_len},
     }
     set_aside(stage, tag)

@@ -17,6 +17,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from nanochat.common import fingerprint
+
+_ROOT = Path(__file__).resolve().parent.parent
+_CODE = ("nanochat", "scripts")  # the folders of what a run executes
 _PACKAGES = ("nanochat", "torch", "tiktoken", "rustbpe", "numpy")
 
 # Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets.
@@ -60,7 +64,7 @@ def versions() -> dict[str, str]:
 def git_revision(root: Path | None = None) -> str | None:
     """Short commit of the checkout at `root` (default: the one this package lies in), with "-dirty"
     when tracked files were changed. None outside a checkout, before a first commit, without git."""
-    root = root or Path(__file__).resolve().parent.parent
+    root = root or _ROOT
     # An installed copy may lie inside some other project's checkout: only our own root counts.
     if not (root / ".git").exists():
         return None
@@ -71,13 +75,42 @@ def git_revision(root: Path | None = None) -> str | None:
     return f"{revision}-dirty" if changes else revision
 
 
-def _output(*command: str) -> str | None:
-    """What a command prints, or None if it is missing, slow or fails."""
+def code_fingerprint(root: Path | None = None) -> str:
+    """16 digits that stand for every line of Python below nanochat/ and scripts/, with or without
+    git: two of the same ran the same code."""
+    root = root or _ROOT
+    files = sorted(path for folder in _CODE for path in (root / folder).rglob("*.py"))
+    return fingerprint(
+        *(part for path in files for part in (path.relative_to(root).as_posix(), path.read_bytes()))
+    )
+
+
+def code_changes(root: Path | None = None) -> str:
+    """What was changed since the commit that git_revision names, new files included, as a patch
+    for `git apply`; empty if nothing was, and outside a checkout."""
+    root = root or _ROOT
+    if git_revision(root) is None:
+        return ""
+    git = ("git", "-C", str(root))
+    kept = (*_CODE, "rustbpe", "pyproject.toml", "uv.lock")
+    where = [name for name in kept if (root / name).exists()]
+    parts = [_output(*git, "diff", "HEAD", "--binary", "--", *where)]
+    new = _output(*git, "ls-files", "--others", "--exclude-standard", "-z", "--", *where) or ""
+    for name in filter(None, new.split("\0")):  # status 1: there is a difference
+        add = ("diff", "--no-index", "--binary", "--", os.devnull, name)
+        parts.append(_output(*git, *add, status=1))
+    return "".join(f"{part}\n\n" for part in parts if part)
+
+
+def _output(*command: str, status: int = 0) -> str | None:
+    """What a command prints, or None if it is missing, slow or ends with another status."""
     try:
-        done = subprocess.run(command, capture_output=True, timeout=10, check=True)  # seconds
+        done = subprocess.run(command, capture_output=True, timeout=10, check=False)  # seconds
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.decode("utf-8", "replace").strip()
+    if done.returncode != status:
+        return None
+    return done.stdout.decode("utf-8", "replace").strip("\n")  # a patch's last line may be " "
 
 
 def _cpu_model() -> str | None:

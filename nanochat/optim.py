@@ -337,14 +337,13 @@ class AdamWKind:
     rate: str  # "embedding_lr" | "unembedding_lr" | "scalar_lr"
     share: float = 1.0
     betas: tuple[float, float] = (0.8, 0.95)
-    decays: bool = False
 
 
 ADAMW_KINDS = {
-    "embedding": AdamWKind("embedding_lr", decays=True),
+    "embedding": AdamWKind("embedding_lr"),
     "value_embedding": AdamWKind("embedding_lr", 0.5),
-    "head": AdamWKind("unembedding_lr", decays=True),
-    "vector": AdamWKind("unembedding_lr"),  # norm weights and biases: the head's rate, no decay
+    "head": AdamWKind("unembedding_lr"),
+    "vector": AdamWKind("unembedding_lr"),  # norm weights and biases
     "residual_scale": AdamWKind("scalar_lr", 0.01),  # each moves the whole stream
     "embedding_scale": AdamWKind("scalar_lr", betas=(0.96, 0.95)),
     "gate": AdamWKind("scalar_lr", 0.4),
@@ -362,7 +361,8 @@ def make_optimizer(
     compiled: bool = False,
 ) -> MuonAdamW:
     """The optimizer for a model of ours. AdamW rates are for width 768 and scale by 1/sqrt(width);
-    `lr_frac` scales all of them (finetuning, batch size)."""
+    `lr_frac` scales all of them (finetuning). Only matrices decay: rows of tables that are seldom
+    seen would fade."""
     names = {id(p): name for name, p in model.named_parameters()}
     width = width_lr_scale(model.config.n_embd)
     rates = {
@@ -378,5 +378,5 @@ def make_optimizer(
             continue
         how = ADAMW_KINDS[kind]
         lr = rates[how.rate] * how.share * lr_frac
-        groups.append(ParamGroup("adamw", params, lr, weight_decay * how.decays, how.betas))
+        groups.append(ParamGroup("adamw", params, lr, betas=how.betas))
     return MuonAdamW(groups, compiled)

@@ -7,7 +7,14 @@ model. Floor 0.
 
 from __future__ import annotations
 
+import math
+
 from nanochat.common import UserError
+
+# Where batch and rates were measured (nanochat's dev/LOG.md): d12, 20 tokens a parameter.
+REF_TOKENS = 3.7e9
+REF_BATCH = 2**19
+MIN_STEPS = 600
 
 
 def lr_multiplier(
@@ -38,9 +45,48 @@ def muon_momentum(step: int, warmup_steps: int = 300) -> float:
     return (1 - frac) * 0.85 + frac * 0.95
 
 
+def decay_multiplier(step: int, num_steps: int) -> float:
+    """Share of the weight decay at `step`: linear from 1 to 0, so that nothing is forgotten when
+    there is no time left to learn it again (nanochat's dev/LOG.md, 2026)."""
+    return max(0.0, 1.0 - step / max(1, num_steps))
+
+
 def width_lr_scale(n_embd: int) -> float:
     """AdamW rates are quoted at width 768 and fall with 1/sqrt(width)."""
     return (n_embd / 768) ** -0.5
+
+
+# -------------------------------------------------------------------------------------------------
+# What follows from the depth dial, by way of the tokens that a model of that size wants
+
+
+def batch_size(num_tokens: float, tokens_per_round: int) -> int:
+    """Tokens in one optimizer step for a run over `num_tokens`, a multiple of tokens_per_round
+    (the rows of one pass on all ranks).
+
+    The batch that is just not wasteful grows with the tokens as D^0.383 (Power Lines, arXiv
+    2505.13738), 2^19 at d12's D. Short runs want less than that: with fewer than MIN_STEPS steps it
+    is steps that they lack (measured at d4, bench/LEARNING.md)."""
+    wanted = min(REF_BATCH * (num_tokens / REF_TOKENS) ** 0.383, num_tokens / MIN_STEPS)
+    power_of_two = 2 ** round(math.log2(max(1.0, wanted)))
+    return max(1, round(power_of_two / tokens_per_round)) * tokens_per_round
+
+
+def base_rates(batch_ratio: float) -> dict[str, float]:
+    """Learning rates and weight decay of pretraining, by flag. batch_ratio: the batch in units of
+    the one that batch_size() gives.
+
+    At that batch the same rates serve from d4 (measured, bench/LEARNING.md) to d26 (nanochat's
+    dev/LOG.md). Another batch wants rates by its square root: gradients have that much less noise
+    (Malladi et al., arXiv 2205.10287, for Adam)."""
+    scale = batch_ratio**0.5
+    return {
+        "embedding_lr": 0.3 * scale,
+        "unembedding_lr": 0.008 * scale,
+        "matrix_lr": 0.02 * scale,
+        "scalar_lr": 0.5 * scale,
+        "weight_decay": 0.28,
+    }
 
 
 def grad_accum_steps(
@@ -73,21 +119,43 @@ def grad_accum_steps(
 def num_iterations(
     num_iterations: int,
     target_flops: float,
+    target_tokens: float,
     target_param_data_ratio: float,
     *,
     flops_per_token: float,
     num_scaling_params: int,
     total_batch_size: int,
 ) -> int:
-    """Length of the run in optimizer steps, by the first of three horizons that is set (> 0)."""
+    """Length of the run in optimizer steps, by the first of four horizons that is set (> 0)."""
     if num_iterations > 0:
         return num_iterations
+    tokens = num_tokens(
+        target_flops,
+        target_tokens,
+        target_param_data_ratio,
+        flops_per_token=flops_per_token,
+        num_scaling_params=num_scaling_params,
+    )
+    return max(1, round(tokens / total_batch_size))
+
+
+def num_tokens(
+    target_flops: float,
+    target_tokens: float,
+    target_param_data_ratio: float,
+    *,
+    flops_per_token: float,
+    num_scaling_params: int,
+) -> float:
+    """Tokens to train on, by the first of three horizons that is set (> 0)."""
     if target_flops > 0:
-        return max(1, round(target_flops / (flops_per_token * total_batch_size)))
+        return target_flops / flops_per_token
+    if target_tokens > 0:
+        return target_tokens
     if target_param_data_ratio > 0:
-        return max(1, round(target_param_data_ratio * num_scaling_params / total_batch_size))
+        return target_param_data_ratio * num_scaling_params
     raise UserError(
-        "no training horizon: set one of --num_iterations, --target_flops, "
+        "no training horizon: set one of --num_iterations, --target_flops, --target_tokens, "
         "--target_param_data_ratio"
     )
 

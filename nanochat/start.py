@@ -1,15 +1,16 @@
 """
 Where a run begins: at a checkpoint of another run, or at its own.
 
-Finetuning starts from what another stage made; pretraining may go on from another base model. A run
-that was stopped resumes its own newest whole checkpoint, and must be the run it was: the same data,
-batch, rates, seed. What differs is refused by name, unless --allow_changes says it is meant.
-Floor 3.5.
+Finetuning starts from what another stage made, and mid and SFT go on as that was trained: optimizer
+state, batch, rates. Pretraining may go on from another base model. A run that was stopped resumes
+its own newest whole checkpoint, and must be the run it was: the same data, batch, rates, seed. What
+differs is refused by name, unless --allow_changes says it is meant. Floor 3.5.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nanochat.checkpoint import (
     list_tags,
     load_weights,
     newest_whole,
+    optim_reader,
     read_meta,
     stage_dir,
     step_dir,
@@ -31,10 +33,17 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import UserError, print0, warn0
 from nanochat.distributed import DistInfo, sum_over_ranks
-from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, TrainFlags
+from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, InheritedFlags, TrainFlags
 from nanochat.models import Config, build_model, config_from_dict, config_to_dict
+from nanochat.optim import MuonAdamW
 from nanochat.retokenize import retrain_embeddings
 from nanochat.tokenizer import Tokenizer
+
+# base_train's rates are for new weights. Somebody else's run has ended at a decayed rate, usually a
+# tenth of its peak (as in Hoffmann et al., arXiv 2203.15556); from there an import goes on.
+IMPORT_LR_FRAC = 0.1
+# Tokens a step where the checkpoint does not say: few, as own conversations often are.
+UNKNOWN_BATCH_SIZE = 65_536
 
 
 @dataclass
@@ -46,6 +55,7 @@ class Start:
     meta: dict[str, Any]  # of the checkpoint
     tag: str  # of the checkpoint
     name: str  # stage, tag, step and weights, for the checkpoints of the run that starts here
+    folder: Path  # of the checkpoint
 
 
 def start_from(
@@ -60,7 +70,80 @@ def start_from(
     model = build_model(config_from_dict(meta["config"], str(folder)), device)
     load_weights(folder, model)
     print0(f"starting from {folder}")
-    return Start(model, tokenizer, meta, folder.parent.name, _name(source, folder))
+    return Start(model, tokenizer, meta, folder.parent.name, _name(source, folder), folder)
+
+
+def lr_frac(asked: float, meta: dict[str, Any] | None) -> float:
+    """--init_lr_frac as it was asked for; of -1, what suits new weights (no `meta`), a base model
+    of ours, or an import."""
+    if asked >= 0:
+        return asked
+    return IMPORT_LR_FRAC if meta is not None and "imported" in meta else 1.0
+
+
+def inherit(args: InheritedFlags, start: Start) -> None:
+    """Fills in the InheritedFlags that were not typed, and says with what.
+
+    Rates are those of the peak, as the checkpoint's run was told: it ended at a decayed one, and
+    --init_lr_frac says where this run begins. What the checkpoint does not say is base_train's
+    default, for rates of an import IMPORT_LR_FRAC of it."""
+    inherited: list[str] = []
+    defaults: list[str] = []
+    for flag in InheritedFlags.__annotations__:
+        if getattr(args, flag) >= 0:  # typed
+            continue
+        value, is_known = _trained_with(flag, start)
+        setattr(args, flag, value)
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        (inherited if is_known else defaults).append(f"--{flag}={shown}")
+    if inherited:
+        print0(f"as the model was trained: {' '.join(inherited)}")
+    if defaults:
+        print0(f"the checkpoint does not say, so by default: {' '.join(defaults)}")
+
+
+def _trained_with(flag: str, start: Start) -> tuple[Any, bool]:
+    """(a flag's value in the run that made the checkpoint, True), or (a default, False)."""
+    args = start.meta.get("args", {})
+    known = {**args, "max_seq_len": start.model.config.sequence_len}.get(flag)
+    if known is not None and known >= 0:
+        # base_train's --init_lr_frac lowers its peak; that of mid and SFT is for themselves
+        is_scaled = flag.endswith("_lr") and start.meta.get("stage") == "base"
+        return known * (args.get("init_lr_frac", 1.0) if is_scaled else 1), True
+    if flag == "total_batch_size":
+        return UNKNOWN_BATCH_SIZE, False
+    default = getattr(TrainFlags, flag)
+    return default * (lr_frac(-1, start.meta) if flag.endswith("_lr") else 1), False
+
+
+def continued_optimizer(
+    make: Callable[[], MuonAdamW], args: InheritedFlags, start: Start, device: torch.device
+) -> MuonAdamW:
+    """A new optimizer with the state of the checkpoint's: momentum, second moments, steps taken.
+
+    A cold one where it has none (an import), another kind's (an earlier version of ours, RL), or
+    --load_optimizer=0; one line says so. The state knows nothing of the number of ranks. All ranks
+    must call it."""
+    optimizer, reason = make(), ""
+    if args.load_optimizer == 0:
+        reason = "--load_optimizer=0"
+    elif "imported" in start.meta:
+        reason = f"{start.folder} was imported, without one"
+    elif start.meta.get("stage") == "rl":
+        reason = "RL's is of other gradients"
+    else:
+        steps = start.meta.get("optimizer_steps", 0)
+        try:
+            optimizer.load_state_dict(optim_reader(start.folder), steps)
+        except UserError as e:
+            reason = str(e)
+    # Each rank reads its own part: what one of them lacks, all go without
+    if sum_over_ranks(float(bool(reason)), device=device)[0] > 0:
+        optimizer = make()
+        print0(f"optimizer: cold start ({reason or 'not all ranks could read its state'})")
+    else:
+        print0(f"optimizer: warm start, with the state after {optimizer.num_steps:,} steps")
+    return optimizer
 
 
 def base_meta(tag: str) -> dict[str, Any]:
@@ -165,7 +248,9 @@ def find_resumable(
     return folder, meta
 
 
-def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: str) -> None:
+def refuse_changes(
+    folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: str, doing: str = "resume"
+) -> None:
     """Compares identities; raises UserError naming what differs and is not among `allowed`
     (names joined by |)."""
     names = {name.strip() for name in allowed.split("|")} - {""}
@@ -180,7 +265,7 @@ def refuse_changes(folder: Path, then: dict[str, Any], now: dict[str, Any], allo
     refused = [text for name, text in changed.items() if name not in names]
     if refused:
         raise UserError(
-            f"cannot resume {folder}: its {'; its '.join(refused)}. Use the same as then, start a "
+            f"cannot {doing} {folder}: its {'; its '.join(refused)}. Use the same as then, start a "
             f'new run with another --model_tag, or say --allow_changes="{"|".join(changed)}"'
         )
     for text in changed.values():

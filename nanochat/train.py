@@ -1,5 +1,5 @@
 """
-What the four training stages share: the step, the meter, saving and resuming, the log.
+What the four training stages share: the step, saving and resuming, the log.
 
 A stage's script holds its recipe and drives a Trainer:
 
@@ -14,36 +14,39 @@ from the seed and the step, and what cannot be computed again is in the checkpoi
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import torch
-
 from nanochat import schedule
 from nanochat.checkpoint import (
+    LOG,
     load_weights,
     optim_reader,
     prune,
+    run_dir,
     set_aside,
+    set_log_aside,
     snapshot,
     step_dir,
     write_checkpoint,
 )
-from nanochat.common import UserError, append_jsonl, get_base_dir, print0, warn0
-from nanochat.dataloader import IGNORE, MicroBatch, StepLoader
-from nanochat.distributed import DistInfo, all_reduce_sum, sum_over_ranks
+from nanochat.common import UserError, append_jsonl, print0, warn0
+from nanochat.dataloader import MicroBatch, StepLoader
+from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import TrainFlags
-from nanochat.machine import machine_info, peak_flops, versions
+from nanochat.meter import Meter, QuietCollector, StepRecord
 from nanochat.models import config_to_dict
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, refuse_divergence
+from nanochat.record import find_log, first_start, run_record
 from nanochat.start import find_resumable, identity, refuse_changes
+from nanochat.step import TrainStep, is_out_of_memory, out_of_memory
 
 T = TypeVar("T")
 
@@ -86,10 +89,11 @@ class Trainer:
             )
         self.state = TrainState()
         self.metrics: dict[str, Any] = {}  # the last evaluation of each kind
-        # Evaluation and sampling use the plain module: other shapes would compile again.
-        compiles = info.device.type == "cuda"
-        self.step_model = torch.compile(model, dynamic=False) if compiles else model
-        self.log_path = get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
+        self.train_step = TrainStep(args, info, model, optimizer, num_steps, loader)
+        # RL reads its replies on the host between two steps anyway: there is nothing to lag behind.
+        lag = info.device.type == "cuda" and loader is not None
+        self.meter, self.collector = Meter(self._account, lag), QuietCollector()
+        self.log_path = run_dir(stage, tag) / LOG
         self.wandb: Any = None
         self._wandb_id: str | None = None
         self._events_done = False  # those of the present step, before the checkpoint we resumed
@@ -103,6 +107,10 @@ class Trainer:
         self._stop_signal = 0
         self._printed = 0.0
 
+    def autocast(self) -> Any:
+        """The context to evaluate in, in the format that the run computes in."""
+        return self.train_step.precision.autocast()
+
     # ---------------------------------------------------------------------------------------------
     # Life of a run
 
@@ -113,20 +121,28 @@ class Trainer:
         and end the process with status 0. A second Ctrl-C does not wait."""
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
+            self._check_repeats()
+            if self.args.dry_run:
+                print0(f"--dry_run: {self.stage} {self.tag} could begin; nothing was trained")
+                return
             self._resume()
             self._start_log()
+            self.collector.start()
             while True:
                 step = self.state.step
-                self._log_mark = self._log_size()
-                self.end_if_stopped()
+                alone = self.info.world_size == 1
+                if self.stopping() if alone else self.train_step.stop_agreed:
+                    self._stop()
                 yield step
                 self._events_done = False
                 if step >= self.num_steps:  # the last one was for final evaluations only
                     break
                 if self._writing is not None and self._writing.done():
                     self._wait_for_save()  # a full disk ends the run now, not at the next save
+            self.meter.flush()
             self._wait_for_save()
         finally:
+            self.collector.restore()
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
             self._writer.shutdown()  # an error waits for the save in flight, too
@@ -138,9 +154,13 @@ class Trainer:
 
     def is_due(self, every: int, *, at_start: bool = False) -> bool:
         """Whether an event of every so many steps is due now (schedule.is_due), and was not done
-        before the checkpoint that was resumed."""
+        before the checkpoint that was resumed. The clock of the steps stands still from then."""
         due = schedule.is_due(self.state.step, every, self.num_steps, at_start=at_start)
-        return due and not self._events_done
+        if due and not self._events_done:
+            self.meter.pause()
+            self.collector.collect()
+            return True
+        return False
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._stop_signal = signum
@@ -162,8 +182,10 @@ class Trainer:
     def end_if_stopped(self) -> None:
         """Saves and ends the process with status 0 if any rank got a signal. All ranks must call
         it, after whatever they broke off: or they would wait for each other."""
-        if sum_over_ranks(float(self.stopping()), device=self.info.device)[0] == 0:
-            return
+        if sum_over_ranks(float(self.stopping()), device=self.info.device)[0] > 0:
+            self._stop()
+
+    def _stop(self) -> None:
         self.save(events_done=False)
         self._wait_for_save()
         print0(f"stopped by a signal at step {self.state.step}; continue with --resume")
@@ -171,6 +193,19 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.args, self.model, self.num_steps, self.meta)
+
+    def _check_repeats(self) -> None:
+        """Refuses, as --repeats asks, to be another run than that one."""
+        if self.args.repeats is None:
+            return
+        log = find_log(self.args.repeats)
+        if log == self.log_path:
+            raise UserError(
+                f"--model_tag={self.tag} is the run to repeat, and would be replaced by its "
+                "repetition; give another --model_tag"
+            )
+        then, now = first_start(log)["identity"], self._identity()
+        refuse_changes(log.parent, then, now, self.args.allow_changes, "repeat")
 
     def _resume(self) -> None:
         found = find_resumable(self.stage, self.tag, self.args, self.info)
@@ -180,6 +215,7 @@ class Trainer:
         refuse_changes(folder, meta["identity"], self._identity(), self.args.allow_changes)
         load_weights(folder, self.model)
         self.optimizer.load_state_dict(optim_reader(folder), meta["optimizer_steps"])
+        self.train_step.scaler.load_state(meta.get("loss_scale", {}))
         self.state = TrainState(**meta["state"])
         self.metrics, self._events_done = meta["metrics"], meta["events_done"]
         self._saved = (self.state.step, self._events_done)
@@ -209,6 +245,7 @@ class Trainer:
         this = (self.state.step, events_done)
         if self._saved is not None and self._saved >= this:
             return
+        self.meter.pause()
         self._wait_for_save()
         optim_state = self.optimizer.state_dict()
         if self.info.rank == 0:
@@ -244,6 +281,7 @@ class Trainer:
             "identity": self._identity(),
             "state": asdict(self.state),
             "optimizer_steps": self.optimizer.num_steps,
+            "loss_scale": self.train_step.scaler.state(),
             "metrics": dict(self.metrics),
             "loader": self.loader and self.loader.state(self.state.step),
             "events_done": events_done,
@@ -255,81 +293,75 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------
     # The step
 
-    def step(self, batches: list[MicroBatch], lr_mul: float, momentum: float = 0.95) -> float:
-        """One optimizer step over this rank's micro-batches. Returns the mean loss over all ranks.
-
-        The loss is the sum over trained tokens divided by their number in the whole step, on all
-        ranks: how the batch is cut into micro-batches does not matter. With weights, each token's
-        loss is multiplied by its own before the sum. A step without a trained token changes
-        nothing."""
-        started = time.perf_counter()
-        count = torch.zeros((), device=self.info.device)
-        for batch in batches:
-            count += (batch.targets != IGNORE).sum()
-        all_reduce_sum(count)
-        loss_sum = torch.zeros((), device=self.info.device)
-        for batch in batches:
-            with autocast(self.info.device):
-                if batch.weights is None:
-                    loss = self.step_model(batch.idx, batch.targets, reduction="sum")
-                else:
-                    nll = self.step_model(batch.idx, batch.targets, reduction="none")
-                    loss = (nll * batch.weights).sum()
-            (loss / count.clamp(min=1)).backward()
-            loss_sum += loss.detach()
-        mean_loss = float(all_reduce_sum(loss_sum) / count.clamp(min=1))
-        norm = 0.0
-        if count > 0:
-            norm = self.optimizer.step(lr_mul, momentum, self.args.grad_clip)
-        self.optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        tokens = int(
-            sum_over_ranks(sum(b.idx.numel() for b in batches), device=self.info.device)[0]
-        )
-        self._account(mean_loss, norm, lr_mul, tokens, seconds)
-        return mean_loss
-
-    def _account(
-        self, loss: float, norm: float, lr_mul: float, tokens: int, seconds: float
+    def step(
+        self,
+        batches: list[MicroBatch],
+        lr_mul: float,
+        momentum: float = 0.95,
+        decay_mul: float = 1.0,
     ) -> None:
-        s = self.state
-        s.step += 1
-        s.tokens += tokens
+        """One optimizer step over this rank's micro-batches: see TrainStep.take. All ranks must
+        call it. UserError if memory runs out.
+
+        On a GPU the step is queued, not done, when this returns; flush() waits for it."""
+        self.meter.begin()
+        number = self.state.step + 1
+        try:
+            rates = (lr_mul, momentum, decay_mul)
+            record = self.train_step.take(number, batches, rates, self.stopping())
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            self._wait_for_save()
+            raise out_of_memory(e, number, batches, self._saved and self._saved[0]) from e
+        self.state.step = number
+        self.meter.end(record)
+        if self.loader is None:
+            self.meter.pause()  # the next step's replies are yet to be sampled
+        self.collector.after_step()
+
+    def flush(self) -> None:
+        """Waits for the steps that are queued, and logs them."""
+        self.meter.flush()
+
+    def _account(self, record: StepRecord, loss: float, norm: float, seconds: float) -> None:
+        """Counts and logs a step that is done."""
+        s, step = self.state, record.step
+        if not record.skipped:
+            refuse_divergence(norm, step)
+        s.tokens += record.tokens
         s.seconds += seconds
-        s.smooth_loss = 0.9 * s.smooth_loss + 0.1 * loss
-        smooth = s.smooth_loss / (1 - 0.9**s.step)
-        rate = tokens / seconds
-        mfu = self.mfu(rate)
-        self.log(
-            "step", loss=loss, lr_mul=lr_mul, grad_norm=norm, tokens=s.tokens,
-            tokens_per_second=rate, mfu=mfu, seconds=s.seconds,
+        if math.isfinite(loss):  # else float16 overflowed and the step was left out
+            s.smooth_loss = 0.9 * s.smooth_loss + 0.1 * loss
+        smooth = s.smooth_loss / (1 - 0.9**step)
+        rate = record.tokens / seconds
+        mfu = self.train_step.mfu(rate)
+        skipped = (
+            {"skipped": True, "loss_scale": self.train_step.scaler.scale} if record.skipped else {}
+        )
+        self._write_row(
+            "step", step, loss=loss if math.isfinite(loss) else None, lr_mul=record.lr_mul,
+            grad_norm=norm, tokens=s.tokens, tokens_per_second=rate, mfu=mfu, seconds=s.seconds,
+            **skipped,
         )  # fmt: skip
-        eta = (self.num_steps - s.step) * s.seconds / s.step
-        line = f"{self.stage} step {s.step}/{self.num_steps} | loss {smooth:.4f}"
+        self._log_mark = self._log_size()  # what follows are events after this step
+        eta = (self.num_steps - step) * s.seconds / step
+        line = f"{self.stage} step {step}/{self.num_steps} | loss {smooth:.4f}"
         for name in ("val_bpb", "val_loss", "reward"):
             if name in self.metrics:
                 line += f" | {name} {self.metrics[name]:.4f}"
         line += f" | {rate:,.0f} tok/s"
         line += f" | mfu {100 * mfu:.1f}%" if mfu is not None else ""
-        self._print_progress(line + f" | {s.seconds / 60:.1f} min, {eta / 60:.1f} to go")
+        self._print_progress(step, line + f" | {s.seconds / 60:.1f} min, {eta / 60:.1f} to go")
 
-    def _print_progress(self, line: str) -> None:
+    def _print_progress(self, step: int, line: str) -> None:
         """A live line on a terminal; elsewhere one line about every ten seconds."""
-        now, last = time.monotonic(), self.state.step >= self.num_steps
+        now, last = time.monotonic(), step >= self.num_steps
         if sys.stdout.isatty():
             print0(f"\r\x1b[2K{line}", end="\n" if last else "")
-        elif last or self.state.step <= 3 or now - self._printed > 10:
+        elif last or step <= 3 or now - self._printed > 10:
             print0(line)
             self._printed = now
-
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """Share of the GPUs' peak that the model's FLOPs use; None where the peak is unknown."""
-        if self.info.device.type != "cuda":
-            return None
-        peak = peak_flops(torch.cuda.get_device_name(self.info.device))
-        if peak is None:
-            return None
-        return self.model.flops_per_token() * tokens_per_second / (peak * self.info.world_size)
 
     # ---------------------------------------------------------------------------------------------
     # The log
@@ -347,24 +379,36 @@ class Trainer:
             # Steps taken again after a kill are drawn over themselves; wandb's own count of steps
             # only goes up and would drop them.
             self.wandb.define_metric("*", step_metric="step")
-        num_params = sum(p.numel() for p in self.model.parameters())
+        groups = self.model.param_groups()
+        parts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
+        num_params = sum(parts.values())
         print0(
             f"{self.stage}: {self.tag}, {num_params:,} parameters, {self.num_steps} steps, "
-            f"{self.info.world_size} rank(s) on {self.info.device.type}"
+            f"{self.info.world_size} rank(s) on {self.info.device.type}\n"
+            f"computing in {self.train_step}"
         )
         if self.info.rank == 0 and self._saved is None:
-            self.log_path.unlink(missing_ok=True)  # a new run of this tag
-        self.log(
-            "start", args=asdict(self.args), model=config_to_dict(self.model.config),
-            num_params=num_params, num_steps=self.num_steps, machine=machine_info(),
-            versions=versions(), data=self.meta["data"],
-        )  # fmt: skip
+            set_log_aside(self.stage, self.tag)  # a new run of this tag
+        if self.info.rank == 0:
+            self.log(
+                "start", args=asdict(self.args), model=config_to_dict(self.model.config),
+                num_params=num_params, params=parts, num_steps=self.num_steps,
+                flops_per_token=self.model.flops_per_token(), identity=self._identity(),
+                dtype=self.train_step.precision.name, compiled=self.train_step.compiled.on,
+                **self.meta, **run_record(self.args, self.log_path.parent, self.info.world_size),
+            )  # fmt: skip
+        self._log_mark = self._log_size()
 
     def log(self, event: str, **values: Any) -> None:
-        """One row in the run's JSONL file (rank 0), and in wandb if --run names a run."""
+        """One row in the run's JSONL file (rank 0), and in wandb if --run names a run. Rows of the
+        steps before it come first."""
+        self.meter.flush()
+        self._write_row(event, self.state.step, **values)
+
+    def _write_row(self, event: str, step: int, **values: Any) -> None:
         if self.info.rank != 0:
             return
-        row = {"event": event, "stage": self.stage, "step": self.state.step, **values}
+        row = {"event": event, "stage": self.stage, "step": step, **values}
         try:
             append_jsonl(self.log_path, {**row, "time": time.time()})
         except OSError as e:  # often the first to notice that the disk is full
@@ -395,10 +439,3 @@ class Trainer:
     def _say(text: str) -> None:
         """A line of its own, in place of the live one if there is one."""
         print0(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text)
-
-
-def autocast(device: torch.device) -> Any:
-    """bfloat16 where it is native; float32 elsewhere (on some CPUs bfloat16 is slow or dies)."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()

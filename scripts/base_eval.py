@@ -23,8 +23,8 @@ from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
+from nanochat.precision import autocast
 from nanochat.text_source import TextSource
-from nanochat.train import autocast
 
 KINDS = ("core", "bpb", "sample")
 PROMPTS = (
@@ -38,7 +38,7 @@ PROMPTS = (
 
 
 @dataclass
-class Args(flags.CacheFlags, flags.DeviceFlags):
+class Args(flags.CacheFlags, flags.PrecisionFlags):
     """Evaluate a base model."""
 
     source: Annotated[flags.Source, flags.alias("-i")] = "base"
@@ -102,12 +102,12 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
                 reader, args.split_tokens, args.device_batch_size, info.rank, info.world_size,
                 info.device,
             )  # fmt: skip
-            with autocast(info.device):
+            with autocast(info.device, args.dtype):
                 row[f"{split}_bpb"] = evaluate_bpb(model, batches, tokenizer.token_bytes)
             print0(f"{split} bits per byte: {row[f'{split}_bpb']:.4f}")
 
     if bundle is not None:
-        with autocast(info.device):
+        with autocast(info.device, args.dtype):
             core = evaluate_core(model, tokenizer, bundle, args.max_per_task)
         row["core_metric"], row["core_stderr"] = core["core_metric"], core["core_stderr"]
         row["core_tasks"] = {

@@ -25,11 +25,17 @@ from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
-from nanochat.schedule import grad_accum_steps, lr_multiplier, muon_momentum, num_iterations
-from nanochat.start import base_meta, continued_config, load_base
+from nanochat.recipe import settle
+from nanochat.schedule import (
+    decay_multiplier,
+    grad_accum_steps,
+    lr_multiplier,
+    muon_momentum,
+)
+from nanochat.start import base_meta, continued_config, load_base, lr_frac
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import get_tokenizer
-from nanochat.train import Trainer, autocast
+from nanochat.train import Trainer
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -41,7 +47,7 @@ SAMPLE_PROMPTS = (
 
 
 @dataclass
-class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
+class Args(flags.HorizonFlags, flags.CacheFlags):
     """Pretrain a base model."""
 
     arch: str | None = None
@@ -50,6 +56,10 @@ class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     """Transformer layers (default: 20); width is 64 times as much, and all else follows."""
     source_tag: str | None = None
     """Base model to go on from, with its shape and tokenizer; default: new weights."""
+    init_lr_frac: float = -1.0
+    """Learning rates start at this share of the values above. -1: all of it, but 0.1 where
+    --source_tag was imported: its own training ended near a tenth of its peak, and the rates for
+    new weights would undo much of it."""
     max_seq_len: int = 2048
     """Tokens in a row."""
     tokenizer: str | None = None
@@ -63,14 +73,6 @@ class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
     base_data/."""
     val_data: str | None = None
     """Validation file; default: the last file of --data, pinned at first use."""
-    num_iterations: int = -1
-    """Optimizer steps; -1: use one of the next two."""
-    target_flops: float = -1.0
-    """Train for this many FLOPs; -1: use the next."""
-    target_param_data_ratio: float = 20.0
-    """Train on this many tokens per parameter (20: Hoffmann et al., arXiv 2203.15556)."""
-    total_batch_size: int = 524_288
-    """Tokens in one optimizer step, over all ranks."""
     core_metric_every: int = 2000
     """Steps between CORE evaluations; -1: never."""
     core_metric_max_per_task: int = 500
@@ -83,7 +85,8 @@ class Args(flags.ScheduleFlags, flags.CacheFlags, flags.TrainFlags):
 
 def main(args: Args) -> None:
     # Looking at data needs no GPU
-    with distributed.session("cpu" if args.preview else args.device_type, args.seed) as info:
+    device_type = "cpu" if args.preview else args.device_type
+    with distributed.session(device_type, args.seed, args.deterministic) as info:
         train(args, info)
 
 
@@ -120,24 +123,19 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         config, default_tag = make_config(
             args.arch, args.depth, tokenizer.get_vocab_size(), args.max_seq_len
         )
-    grad_accum_steps(
-        args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
-    )
     model = build_model(config, info.device, seed=args.seed)
     started_from = None
     if args.source_tag:
         started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
+    args.init_lr_frac = lr_frac(args.init_lr_frac, source_meta)
+    num_steps = settle(args, model, args.max_seq_len * info.world_size)
+    grad_accum_steps(
+        args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
+    )
     optimizer = make_optimizer(
-        model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay
-    )
-    num_steps = num_iterations(
-        args.num_iterations,
-        args.target_flops,
-        args.target_param_data_ratio,
-        flops_per_token=model.flops_per_token(),
-        num_scaling_params=sum(p.numel() for p in model.parameters()),
-        total_batch_size=args.total_batch_size,
-    )
+        model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
+        args.init_lr_frac, args.scalar_lr,
+    )  # fmt: skip
     rows_per_step = args.total_batch_size // args.max_seq_len
     reader.expect(num_steps * rows_per_step)
     loader = StepLoader(
@@ -173,10 +171,10 @@ def train(args: Args, info: distributed.DistInfo) -> None:
                 info.device,
             )  # fmt: skip
             batches = trainer.until_stopping(batches)
-            with autocast(info.device):
+            with trainer.autocast():
                 trainer.record(val_bpb=evaluate_bpb(model, batches, tokenizer.token_bytes))
         if args.core_metric_every > 0 and trainer.is_due(args.core_metric_every):
-            with autocast(info.device):
+            with trainer.autocast():
                 core = evaluate_core(
                     model, tokenizer, bundle, args.core_metric_max_per_task,
                     stopped=trainer.stopping,
@@ -200,7 +198,8 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         batches_of_step = loader.step(step)
         for shard in reader.opened():
             trainer.log("shard", **shard)
-        trainer.step(batches_of_step, lr_mul, muon_momentum(step))
+        decay = decay_multiplier(step, num_steps)
+        trainer.step(batches_of_step, lr_mul, muon_momentum(step), decay)
 
 
 if __name__ == "__main__":

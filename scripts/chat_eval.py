@@ -24,15 +24,15 @@ from nanochat.checkpoint import load_model
 from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0, warn0
 from nanochat.engine import Engine
 from nanochat.evals.chat import EvalResult, run_chat_eval
+from nanochat.precision import autocast
 from nanochat.tasks.common import get_task
-from nanochat.train import autocast
 
 # ChatCORE is the mean over exactly these, each centred at its chance level
 CHATCORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
 
 
 @dataclass
-class Args(flags.DeviceFlags):
+class Args(flags.PrecisionFlags):
     """Evaluate a chat model on tasks."""
 
     source: Annotated[flags.Source, flags.alias("-i")] = "sft"
@@ -86,7 +86,7 @@ def evaluate(args: Args, info: distributed.DistInfo) -> list[EvalResult]:
     results = []
     for name, task in zip(names, tasks):
         stem = re.sub(r"[^\w.-]+", "_", f"{args.source}_{tag}_{step}_{task.name}")
-        with autocast(info.device):
+        with autocast(info.device, args.dtype):
             result = run_chat_eval(
                 task, model, tokenizer, engine, batch_size=args.batch_size,
                 num_samples=args.num_samples, max_new_tokens=args.max_new_tokens,

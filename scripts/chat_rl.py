@@ -6,7 +6,8 @@ Reinforcement learning on problems whose answers can be checked (GSM8K, or rows 
 
 Each step takes a few problems, samples several replies to each, rewards the right ones, and makes
 what did better than its group's mean more likely. Starts from the newest SFT model and saves to
-chatrl_checkpoints/<tag>/. See nanochat/rollout.py for the method.
+chatrl_checkpoints/<tag>/. Rates and optimizer are its own: gradients of rewards are unlike those of
+text. See nanochat/rollout.py for the method.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nanochat.schedule import lr_multiplier
 from nanochat.start import Start, start_from
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
-from nanochat.train import Trainer, autocast
+from nanochat.train import Trainer
 
 
 @dataclass
@@ -73,7 +74,8 @@ class Args(flags.FinetuneFlags):
 
 def main(args: Args) -> None:
     # Looking at data needs no GPU
-    with distributed.session("cpu" if args.preview else args.device_type, args.seed) as info:
+    device_type = "cpu" if args.preview else args.device_type
+    with distributed.session(device_type, args.seed, args.deterministic) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         train(args, start, info)
 
@@ -128,7 +130,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
 
     for step in trainer.steps():
         if val_task is not None and (trainer.is_due(args.eval_every) or step == 0):
-            with autocast(info.device):
+            with trainer.autocast():
                 result = run_chat_eval(
                     val_task, model, tokenizer, engine, batch_size=128, temperature=0.0,
                     max_new_tokens=args.max_new_tokens, max_problems=args.eval_examples,
@@ -143,7 +145,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         # This step's problems, shared out over the ranks
         first = step * args.examples_per_step
         problems = problem_order(len(task), args.seed, first, args.examples_per_step)
-        with autocast(info.device):
+        with trainer.autocast():
             rollouts = sample_rollouts(
                 engine, task, problems[info.rank :: info.world_size],
                 num_samples=args.num_samples, max_new_tokens=args.max_new_tokens,

@@ -5,7 +5,8 @@ Supervised finetuning: the last polish on the conversations we want most.
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --run=d20
 
 Starts from the newest midtrained model (--source=base: straight from the base model) and saves to
-chatsft_checkpoints/<tag>/.
+chatsft_checkpoints/<tag>/. Row length, batch, rates and optimizer state are those of that model
+unless given.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ class Args(ConversationFlags):
 
     source: flags.Source = "mid"
     """Stage to start from: base, mid or sft."""
-    total_batch_size: int = 65_536
-    """Tokens in one optimizer step, over all ranks; -1: as the model was trained."""
-    init_lr_frac: float = 0.02
+    init_lr_frac: float = 0.2
     """Learning rates start at this share of the values above."""
     warmdown_ratio: float = 1.0
     """Share of the run over which the learning rate falls: all of it."""

@@ -6,7 +6,8 @@ Midtraining: the base model meets conversations, multiple choice and tools.
     python -m scripts.mid_train --data=my_conversations.jsonl --preview
 
 Starts from the newest base model (or --source_tag), sees the mixture once, and saves to
-mid_checkpoints/<tag>/. Row length and batch size are the base model's unless given.
+mid_checkpoints/<tag>/. Row length, batch, rates and optimizer state are those of the base model
+unless given.
 """
 
 from __future__ import annotations

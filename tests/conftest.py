@@ -24,6 +24,14 @@ def own_base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def base(world: Path, own_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The base directory that the module's own fixture `world` has made, in place of the empty one.
+    Its tests share it: their runs use tags of their own."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
+    return world
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data, which a user's clone does not have."""

@@ -1,8 +1,13 @@
-"""Own data in every stage by one flag: what is trained on, what is held out, what is recorded."""
+"""
+Finetuning: own data in every stage by one flag, and what is taken over from the checkpoint.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +15,28 @@ import pyarrow as pa
 import pytest
 import torch
 
+from nanochat import finetune, flags
 from nanochat.checkpoint import list_steps, read_meta, step_dir
-from nanochat.common import UserError
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage
+from nanochat.common import UserError, get_base_dir, read_jsonl
+from nanochat.dataloader import IGNORE, MicroBatch, RowReader
+from nanochat.distributed import DistInfo
+from nanochat.optim import make_optimizer
+from nanochat.schedule import lr_multiplier
+from nanochat.train import Trainer
+from tests.models_for_tests import tiny_model, tokens_of
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage, torchrun
+
+pytestmark = pytest.mark.usefixtures("base")
 
 STEPS = ["--num_iterations=2", "--device_batch_size=2", "--device_type=cpu"]
 CHAT_FLAGS = [*STEPS, "--total_batch_size=256", "--sample_prompts=Hello!"]
+UNUSUAL = ["--embedding_lr=0.1", "--unembedding_lr=0.003", "--matrix_lr=0.015",
+           "--weight_decay=0.01", "--init_lr_frac=0.5"]  # fmt: skip
+# What mid and SFT make of the above: the rates are those at the peak of that run
+INHERITED = (
+    "--max_seq_len=64 --total_batch_size=256 --embedding_lr=0.05 --unembedding_lr=0.0015 "
+    "--matrix_lr=0.0075 --weight_decay=0.01"
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +46,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         make_world(folder)
-        run_stage("base_train", *BASE_FLAGS, "--num_iterations=2")
+        run_stage("base_train", *BASE_FLAGS, "--num_iterations=2", *UNUSUAL)
         run_stage("mid_train", *MID_FLAGS, "--num_iterations=2")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def base(world: Path, own_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
-    return world
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -126,10 +141,11 @@ def test_every_stage_has_a_preview_that_needs_no_gpu(
     """Even where flags ask for one; and the preview of pretraining needs no model either."""
     data = write(tmp_path / "chats.jsonl", chats(300))
     answers = write(tmp_path / "problems.jsonl", problems(200))
+    mid = [*MID_FLAGS, "--source_tag=d2"]
     stages = [
         ("tok_train", ["--preview"], ["documents of", "cropped to --doc_cap"]),
         ("base_train", [*BASE_FLAGS, "--depth=99"], ["validation: shard_00004", "dropped", "⟦"]),
-        ("mid_train", [*MID_FLAGS], ["primer-facts", "share", "trained on", "dropped", "⟦"]),
+        ("mid_train", mid, ["primer-facts", "share", "trained on", "dropped", "⟦", INHERITED]),
         ("chat_sft", [*CHAT_FLAGS, f"--data={data}"], ["100.0%", "by its hash", "Yes, ", "⟦"]),
         ("chat_rl", [*RL_FLAGS, f"--data={answers}"], ["held out", "#### ", "⟦"]),
     ]
@@ -141,3 +157,165 @@ def test_every_stage_has_a_preview_that_needs_no_gpu(
         assert [text for text in expected if text not in out] == [], name
     after = sorted(base.glob("*_checkpoints/*/*")), (base / "tokenizer").stat().st_mtime_ns
     assert after == before
+
+
+# ---- what is taken over from the checkpoint
+
+
+def log_of(stage: str, tag: str) -> list[dict[str, Any]]:
+    path = get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
+    return [row for _, row in read_jsonl(path)]
+
+
+def inherited(stage: str, tag: str) -> str:
+    """The flags that are taken over, as a checkpoint has them and as inherit() prints them."""
+    args = meta_of(stage, tag)["args"]
+    assert log_of(stage, tag)[0]["args"] == args
+    names = [name for name in flags.InheritedFlags.__annotations__ if name != "load_optimizer"]
+    return " ".join(f"--{name}={args[name]:g}" for name in names)
+
+
+def test_mid_and_sft_go_on_as_the_base_model_was_trained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From base through mid to SFT: batch, rates, decay, and the optimizer with its steps."""
+    assert inherited("mid", "d2") == INHERITED
+    mid = meta_of("mid", "d2")
+    assert mid["optimizer_steps"] == 4 and mid["optimizer_from"] == mid["started_from"]
+    sft = [*MID_FLAGS, "--num_iterations=3", "--source_tag=d2", "--eval_every=-1"]
+    run_stage("chat_sft", *sft, "--model_tag=through")
+    said = capsys.readouterr().out
+    assert f"as the model was trained: {INHERITED}\n" in said
+    assert "optimizer: warm start, with the state after 4 steps\n" in said
+    assert inherited("sft", "through") == INHERITED
+    assert meta_of("sft", "through")["optimizer_steps"] == 4 + 3
+    run_stage("chat_sft", *sft, "--model_tag=cold", "--load_optimizer=0", "--matrix_lr=0")
+    said = capsys.readouterr().out
+    assert "optimizer: cold start (--load_optimizer=0)\n" in said and "--matrix_lr" not in said
+    meta = meta_of("sft", "cold")
+    assert (meta["optimizer_steps"], meta["optimizer_from"]) == (3, None)
+    assert meta["args"]["matrix_lr"] == 0 and meta["args"]["embedding_lr"] == 0.05  # typed, and not
+
+
+def test_rl_has_its_own() -> None:
+    """Neither rates nor decay nor optimizer of what it starts from; and SFT takes none of its."""
+    rl = [*RL_FLAGS, "--num_iterations=2", "--eval_examples=2", "--source_tag=d2"]
+    run_stage("chat_rl", *rl, "--model_tag=own-rates", "--matrix_lr=0.03")
+    meta = meta_of("rl", "own-rates")
+    rates = [meta["args"][name] for name in ("embedding_lr", "unembedding_lr", "weight_decay")]
+    assert rates == [0.2, 0.004, 0.0] and meta["args"]["matrix_lr"] == 0.03
+    assert meta["optimizer_steps"] <= 2  # those with something to learn from, of its own alone
+    after = [*MID_FLAGS, "--num_iterations=1", "--source=rl", "--source_tag=own-rates"]
+    run_stage("chat_sft", *after, "--model_tag=after-rl", "--total_batch_size=128")
+    meta = meta_of("sft", "after-rl")
+    assert (meta["optimizer_steps"], meta["optimizer_from"]) == (1, None)
+
+
+def test_the_rate_falls_as_the_schedule_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of mid and SFT: it never rises, where it begins and ends is what the flags say."""
+    for stage, script in (("mid", "mid_train"), ("sft", "chat_sft")):
+        argv = [*MID_FLAGS, "--num_iterations=5", "--source_tag=d2", "--eval_every=-1"]
+        run_stage(script, *argv, "--model_tag=falls", "--final_lr_frac=0.1")
+        seen = [row["lr_mul"] for row in log_of(stage, "falls") if row["event"] == "step"]
+        ratio = meta_of(stage, "falls")["args"]["warmdown_ratio"]
+        assert seen == [lr_multiplier(k, 5, 0, ratio, 0.1) for k in range(5)]
+        assert seen[0] == 1.0 and all(a >= b for a, b in itertools.pairwise(seen))
+        assert 0.1 < seen[-1] < 1.0
+
+
+def test_accumulation_is_weighted_by_trained_tokens() -> None:
+    """Rows have different shares of trained tokens: a mean of micro-batches' means would differ."""
+    for size in (1, 4):
+        argv = [*MID_FLAGS, f"--device_batch_size={size}", f"--model_tag=accumulate{size}"]
+        run_stage("mid_train", *argv, "--source_tag=d2", "--eval_every=2")
+    rows = [
+        [(row.get("loss"), row.get("val_loss"), row.get("grad_norm"))
+         for row in log_of("mid", f"accumulate{size}") if row["event"] in ("step", "eval")]
+        for size in (1, 4)
+    ]  # fmt: skip
+    for one, other in zip(*rows, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a is b is None or a == pytest.approx(b, rel=1e-3)
+
+
+def test_short_rows_lose_conversations_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where many questions fill a whole row by themselves: those are dropped, no loss is NaN, and
+    the epoch ends."""
+    long = [
+        {"messages": [{"role": "user", "content": f"word {i} " * 30}, *chat["messages"][1:]]}
+        for i, chat in enumerate(chats(60))
+    ]
+    data = write(tmp_path / "long.jsonl", [*chats(60), *long])
+    short = ["--max_seq_len=24", "--total_batch_size=48", "--num_iterations=-1", "--eval_every=5"]
+    run_stage("mid_train", *CHAT_FLAGS, *short, f"--data={data}", "--model_tag=short")
+    assert re.search(r"(5\d|60) dropped, with nothing to learn from", capsys.readouterr().out)
+    rows = log_of("mid", "short")
+    losses = [row.get("loss", row.get("val_loss")) for row in rows if row["event"] != "start"]
+    losses = [loss for loss in losses if loss is not None]
+    assert len(losses) > 10 and all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+
+def test_a_step_without_a_trained_token_changes_nothing() -> None:
+    """0/0 is no loss; and nothing decays, nor does the optimizer count the step."""
+    model = tiny_model("gpt")
+    optimizer = make_optimizer(model, 0.1, 0.1, 0.1, weight_decay=0.1)
+    cpu = torch.device("cpu")
+    meta = {"tokenizer": None, "tokenizer_fingerprint": "", "data": {}}
+    info = DistInfo(0, 0, 1, cpu)
+    trainer = Trainer("mid", "none", flags.TrainFlags(), info, model, optimizer, 2, meta)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    idx = tokens_of(model, 2, 8)
+    assert trainer.step([MicroBatch(idx, torch.full_like(idx, IGNORE))] * 2, 1.0) == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert optimizer.num_steps == 0 and trainer.state.step == 1
+    # Beside such a micro-batch, another counts as if it were alone
+    alone = model(idx, idx).item()
+    batches = [MicroBatch(idx, torch.full_like(idx, IGNORE)), MicroBatch(idx, idx)]
+    assert trainer.step(batches, 1.0) == pytest.approx(alone)
+    assert optimizer.num_steps == 1
+
+
+def test_validation_is_read_in_once_and_is_the_same_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model that stands still has the same loss at every evaluation, to the bit."""
+    readers: list[RowReader] = []
+
+    class Counted(RowReader):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            readers.append(self)
+
+    monkeypatch.setattr(finetune, "RowReader", Counted)
+    still = ["--embedding_lr=0", "--unembedding_lr=0", "--matrix_lr=0", "--model_tag=still"]
+    argv = [*MID_FLAGS, "--num_iterations=3", "--source_tag=d2", "--eval_every=1"]
+    run_stage("mid_train", *argv, *still)
+    values = [row["val_loss"] for row in log_of("mid", "still") if row["event"] == "eval"]
+    assert len(values) == 4 and len(set(values)) == 1 and values[0] > 0
+    assert len(readers) == 2  # of training and of validation
+
+
+def test_few_steps_are_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "chats.jsonl", chats(60))
+    own = [*CHAT_FLAGS, "--num_iterations=-1", f"--data={data}", "--model_tag=few"]
+    run_stage("chat_sft", *own, "--total_batch_size=512")
+    said = capsys.readouterr().err
+    assert re.search(r"--num_epochs=1 is over in \d steps of --total_batch_size=512 tokens", said)
+
+
+@pytest.mark.slow
+def test_two_ranks_take_over_what_one_left() -> None:
+    """The optimizer's state too, each its part: the same losses as one process from there on."""
+    argv = [*MID_FLAGS, "--source_tag=d2", "--device_batch_size=1", "--eval_every=-1"]
+    run_stage("mid_train", *argv, "--model_tag=one")
+    done = torchrun(2, "mid_train", *argv, "--model_tag=two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "optimizer: warm start, with the state after 2 steps" in done.stdout
+    one, two = ([row["loss"] for row in log_of("mid", tag) if row["event"] == "step"]
+                for tag in ("one", "two"))  # fmt: skip
+    assert len(one) == 6 and two == pytest.approx(one, rel=1e-3)
+    run_stage("mid_train", *argv, "--model_tag=other", "--load_optimizer=0")
+    other = [row["loss"] for row in log_of("mid", "other") if row["event"] == "step"]
+    assert other != pytest.approx(one, rel=1e-3)  # it would show

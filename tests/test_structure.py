@@ -28,19 +28,22 @@ from tests.conftest import REPO
 FLOORS = {
     "common": 0,
     **dict.fromkeys(
-        ["conversation", "download", "execution", "execution_child", "flags", "machine"], 0.5
+        ["conversation", "download", "execution", "execution_child", "flags", "launch"], 0.5
     ),
-    **dict.fromkeys(["manifest", "schedule", "threads", "vocabulary"], 0.5),
+    **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
     **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
+    **dict.fromkeys(["compiling", "fp8"], 1),
+    "precision": 1.5,
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "plan", "tasks", "text_source"], 2),
     "primer": 2.5,
     **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
-    **dict.fromkeys(["hf_export", "hf_import", "start"], 3.5),
-    "gguf": 3.75,
+    "meter": 3,
+    **dict.fromkeys(["hf_export", "hf_import", "recipe", "start", "step"], 3.5),
+    **dict.fromkeys(["gguf", "record"], 3.75),
     **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["finetune", "rollout"], 4.5),
 }

@@ -21,8 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat.checkpoint import list_steps, load_model, stage_dir, step_dir
-from nanochat.common import UserError, get_base_dir
+from nanochat.checkpoint import LOG, list_steps, load_model, run_dir, stage_dir, step_dir
+from nanochat.common import UserError
 from nanochat.models import ARCHITECTURES
 from tests.tiny_world import (
     BASE_FLAGS,
@@ -51,15 +51,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def base(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shared world as the base directory of this test; runs use tags of their own."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
-    return world
-
-
 def log_path(stage: str, tag: str) -> Path:
-    return get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
+    return run_dir(stage, tag) / LOG
 
 
 def losses(stage: str, tag: str) -> list[float]:

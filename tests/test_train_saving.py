@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint, train
-from nanochat.checkpoint import list_steps, read_meta, step_dir
+from nanochat.checkpoint import LOG, list_steps, read_meta, run_dir, step_dir
 from nanochat.common import UserError, append_jsonl
 from nanochat.dataloader import MicroBatch
 from nanochat.distributed import DistInfo
@@ -228,7 +228,7 @@ def test_a_log_that_cannot_be_written_says_how_to_go_on(
     whole = tensors(NUM_STEPS)
     with monkeypatch.context() as patch:
         patch.setattr(train, "append_jsonl", fails)
-        with pytest.raises(UserError, match=r"train_base_t\.jsonl.* No space left .* --resume"):
+        with pytest.raises(UserError, match=r"t.log\.jsonl.* No space left .* --resume"):
             run(make_trainer())
     assert list_steps("base", "t") == [1, 2]
     run(make_trainer(resume=True))
@@ -268,7 +268,7 @@ def test_an_evaluation_is_broken_off_and_made_again(own_base_dir: Path) -> None:
     assert list_steps("base", "t") == [2]
     assert not read_meta(step_dir("base", "t", 2))["events_done"]
     run(make_trainer(save_every=-1, resume=True))
-    log = own_base_dir / "report" / "train_base_t.jsonl"
+    log = run_dir("base", "t") / LOG
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert [(row["event"], row["step"]) for row in rows] == [
         ("start", 0), ("step", 1), ("step", 2), ("start", 2), ("eval", 2), ("step", 3),
@@ -281,7 +281,7 @@ def test_an_evaluation_is_broken_off_and_made_again(own_base_dir: Path) -> None:
 
 def test_a_resumed_run_repeats_no_evaluation_and_keeps_no_later_row(own_base_dir: Path) -> None:
     run(make_trainer())
-    log = own_base_dir / "report" / "train_base_t.jsonl"
+    log = run_dir("base", "t") / LOG
     with open(log, "a", encoding="utf-8") as f:
         f.write('{"event": "step", "st')  # as a kill may leave it
     trainer = make_trainer(resume_from_step=2)

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nanochat.checkpoint import STAGE_FOLDERS
 from nanochat.common import UserError, atomic_write
 from nanochat.machine import machine_info, versions
 from nanochat.report.plot import plot_runs
-from nanochat.report.runs import STAGES, Row, Run, read_rows, read_runs
+from nanochat.report.runs import Row, Run, read_rows, read_runs
 
 TITLES = {
     "base": "Pretraining (base)",
@@ -220,9 +221,14 @@ def evaluation_section(rows: list[Row], runs: list[Run], model_tag: str | None) 
     cells: dict[str, dict[str, Row]] = {}
     for row in rows:  # in the order of time: the last result for a task wins
         key = (row.get("source"), row.get("model_tag"))
-        if row.get("task") and key[0] in STAGES and key in steps and row.get("step") == steps[key]:
+        if (
+            row.get("task")
+            and key[0] in STAGE_FOLDERS
+            and key in steps
+            and row.get("step") == steps[key]
+        ):
             cells.setdefault(str(row["task"]), {})[str(key[0])] = row
-    sources = [s for s in STAGES if any(s in by_source for by_source in cells.values())]
+    sources = [s for s in STAGE_FOLDERS if any(s in by_source for by_source in cells.values())]
     if not sources:
         return []
     body = []
@@ -304,10 +310,11 @@ def intro(runs: list[Run], others: list[str]) -> list[str]:
 
 
 def write_report(folder: Path, out: Path, model_tag: str | None = None) -> str:
-    """Writes the report on the metrics in `folder` to `out`, and loss.png beside it.
+    """Writes the report on the metrics in `folder`, which is report/ of a base directory, and on
+    the runs of that directory to `out`, and loss.png beside it.
 
     Returns the summary table. UserError if there is nothing to report."""
-    runs, others = read_runs(folder, model_tag)
+    runs, others = read_runs(folder.parent, model_tag)
     chat, base = read_rows(folder / "chat_eval.jsonl"), read_rows(folder / "base_eval.jsonl")
     sections = [
         rows_section("Tokenizer", read_rows(folder / "tok_train.jsonl")[-1:]),

@@ -12,7 +12,7 @@ import numpy as np
 from nanochat.common import atomic_write
 from nanochat.report.runs import Run
 
-_COLOURS = {"base": "#2f6690", "mid": "#8a5a9e", "sft": "#1f8a70", "rl": "#c8642b"}
+COLOURS = {"base": "#2f6690", "mid": "#8a5a9e", "sft": "#1f8a70", "rl": "#c8642b"}
 _MARK = "#33312e"  # validation, in every panel
 _GREY = "#7a756d"
 
@@ -22,30 +22,40 @@ def plot_runs(runs: list[Run], out: Path) -> bool:
     panels = [run for run in runs if run.steps or run.rl]
     if not panels:
         return False
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(5.6 * columns, 3.5 * rows)
+    for i, run in enumerate(panels):
+        _panel(figure.add_subplot(rows, columns, i + 1), run)
+    save_figure(figure, out)
+    return True
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, for add_subplot."""
     import matplotlib
 
     matplotlib.use("Agg")  # no window, no display needed
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
     layout: Any = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches
-    figure = Figure(figsize=(5.6 * columns, 3.5 * rows), dpi=160, layout=layout)
-    for i, run in enumerate(panels):
-        _panel(figure.add_subplot(rows, columns, i + 1), run)
+    return Figure(figsize=(width, height), dpi=160, layout=layout)
+
+
+def save_figure(figure: Any, out: Path) -> None:
+    """Writes it as PNG, whole or not at all."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     with atomic_write(out) as f:
         f.write(picture.getvalue())
-    return True
 
 
 def _panel(axes: Any, run: Run) -> None:
     """One stage: the raw curve pale, its running mean strong, validation as dots."""
     kind, key = ("rl", "reward") if run.rl else ("steps", "loss")
     steps, values = run.series(kind, key)
-    colour = _COLOURS[run.stage]
+    colour = COLOURS[run.stage]
     smooth = smoothed(values)
     noisy = smooth is not values
     axes.plot(steps, values, color=colour, lw=0.8 if noisy else 1.8, alpha=0.3 if noisy else 1.0)
@@ -57,7 +67,7 @@ def _panel(axes: Any, run: Run) -> None:
     axes.set_xlabel("step", fontsize=9, color=_GREY)
     axes.grid(axis="y", color="#e6e2db", lw=0.8)
     axes.set_axisbelow(True)
-    _frame(axes, ("left", "bottom"))
+    frame(axes, ("left", "bottom"))
     if not run.rl:
         _cut_start(axes, smooth)
     _validation(axes, run)
@@ -74,7 +84,7 @@ def _validation(axes: Any, run: Run) -> None:
     elif steps:
         axes = axes.twinx()
         axes.set_ylabel(label, fontsize=9, color=_MARK)
-        _frame(axes, ("right",))
+        frame(axes, ("right",))
     else:
         steps, values = run.series("evals", "val_loss")
         label = "validation loss"
@@ -90,7 +100,8 @@ def _validation(axes: Any, run: Run) -> None:
     axes.legend(loc="best" if run.rl else "upper right", fontsize=8, frameon=False)
 
 
-def _frame(axes: Any, kept: tuple[str, ...]) -> None:
+def frame(axes: Any, kept: tuple[str, ...]) -> None:
+    """Leaves these sides of the box, in a quiet grey."""
     for side, spine in axes.spines.items():
         spine.set_visible(side in kept)
         spine.set_color("#bdb7ad")

@@ -1,9 +1,10 @@
 """
 Metrics files, read back: what one training run left behind, and which runs there are.
 
-A run writes train_<stage>_<tag>.jsonl, one event a line:
+A run writes <stage>_checkpoints/<tag>/log.jsonl, one event a line:
 
-    {"event": "start", "step", "args", "model", "num_params", "num_steps", "machine", "versions"}
+    {"event": "start", "step", "args", "model", "num_params", "num_steps", "machine", "versions",
+     "flops_per_token", "identity", "typed", "code", ...}    what nanochat/record.py describes
     {"event": "step", "step", "loss", "lr_mul", "tokens_per_second", "mfu", "seconds", "tokens"}
     {"event": "eval", "step", "val_bpb" or "val_loss" or "pass1", "pass1_stderr", ...}
     {"event": "rl", "step", "reward", "completion_tokens", "ended"}
@@ -18,15 +19,14 @@ missing or half written: a run that is still going is reported as far as it is.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanochat.checkpoint import LOG, STAGE_FOLDERS
 from nanochat.common import warn0
 
 Row = dict[str, Any]
-STAGES = ("base", "mid", "sft", "rl")
 
 
 @dataclass
@@ -47,6 +47,11 @@ class Run:
         rows = sorted(getattr(self, kind).items())
         pairs = [(s, float(r[key])) for s, r in rows if isinstance(r.get(key), (int, float))]
         return [s for s, _ in pairs], [v for _, v in pairs]
+
+    @property
+    def name(self) -> str:
+        """What commands call it: base/d4."""
+        return f"{self.stage}/{self.tag}"
 
     @property
     def num_steps(self) -> int:
@@ -109,25 +114,28 @@ def read_run(path: Path, stage: str, tag: str) -> Run:
     return run
 
 
-def read_runs(folder: Path, model_tag: str | None = None) -> tuple[list[Run], list[str]]:
-    """The newest run of every stage (or the one with `model_tag`), and the names of the others."""
+def read_runs(base_dir: Path, model_tag: str | None = None) -> tuple[list[Run], list[str]]:
+    """The newest run of every stage (or the one with `model_tag`) in a base directory, and the
+    names of the others."""
     chosen: dict[str, Run] = {}
     others = []
-    for path in sorted(folder.glob("train_*.jsonl")):
-        match = re.fullmatch(r"train_(base|mid|sft|rl)_(.+)\.jsonl", path.name)
-        if not match:
-            continue
-        run = read_run(path, match[1], match[2])
+    logs = [
+        (stage, path)
+        for stage, folder in STAGE_FOLDERS.items()
+        for path in sorted((base_dir / folder).glob(f"*/{LOG}"))
+    ]
+    for stage, path in logs:
+        run = read_run(path, stage, path.parent.name)
         rival = chosen.get(run.stage)
         if (model_tag and run.tag != model_tag) or (
             rival and _time(rival.start) > _time(run.start)
         ):
-            others.append(f"{run.stage} {run.tag}")
+            others.append(run.name)
             continue
         if rival:
-            others.append(f"{rival.stage} {rival.tag}")
+            others.append(rival.name)
         chosen[run.stage] = run
-    return [chosen[stage] for stage in STAGES if stage in chosen], others
+    return [chosen[stage] for stage in STAGE_FOLDERS if stage in chosen], others
 
 
 def _time(row: Row) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nanochat import flags
+from nanochat.checkpoint import LOG, STAGE_FOLDERS
 from nanochat.common import UserError
 from nanochat.report.__main__ import Args, main
 from nanochat.report.card import duration, percent, show, table, write_report
@@ -22,7 +23,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "report"
 
 
+def log_of(folder: Path, stage: str) -> Path:
+    """The log of the run d4, in the base directory of this report."""
+    return folder.parent / STAGE_FOLDERS[stage] / "d4" / LOG
+
+
 def append(path: Path, *rows: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -39,9 +46,9 @@ def training(folder: Path, stage: str, num_steps: int = 3, **end: Any) -> None:
          "tokens_per_second": 5000.0, "mfu": None}
         for i in range(1, num_steps + 1)
     ]  # fmt: skip
-    append(folder / f"train_{stage}_d4.jsonl", start, *steps)
+    append(log_of(folder, stage), start, *steps)
     if end:
-        append(folder / f"train_{stage}_d4.jsonl", {"event": "end", "step": num_steps, **end})
+        append(log_of(folder, stage), {"event": "end", "step": num_steps, **end})
 
 
 def task(source: str, accuracy: float, tag: str = "d4", **more: Any) -> dict[str, Any]:
@@ -51,13 +58,13 @@ def task(source: str, accuracy: float, tag: str = "d4", **more: Any) -> dict[str
 
 def test_a_whole_run(folder: Path) -> None:
     training(folder, "base", seconds=61.0, final={})
-    append(folder / "train_base_d4.jsonl", {"event": "eval", "step": 0, "val_bpb": 3.0})
-    append(folder / "train_base_d4.jsonl", {"event": "eval", "step": 3, "val_bpb": 1.25})
+    append(log_of(folder, "base"), {"event": "eval", "step": 0, "val_bpb": 3.0})
+    append(log_of(folder, "base"), {"event": "eval", "step": 3, "val_bpb": 1.25})
     sample = {"event": "sample", "step": 3, "text": "<|bos|>Hi |\nyou"}
-    append(folder / "train_base_d4.jsonl", sample)
+    append(log_of(folder, "base"), sample)
     training(folder, "rl", seconds=30.0, final={})
     append(
-        folder / "train_rl_d4.jsonl",
+        log_of(folder, "rl"),
         {"event": "eval", "step": 0, "pass1": 0.3, "pass1_stderr": 0.02, "problems": 500},
         {"event": "eval", "step": 3, "pass1": 0.4, "pass1_stderr": 0.03, "problems": 500},
         *({"event": "rl", "step": i, "reward": 0.5, "ended": 1.0} for i in range(3)),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nanochat.checkpoint import LOG, STAGE_FOLDERS
 from nanochat.report.runs import read_run, read_runs
 
 
@@ -64,12 +65,17 @@ def test_a_torn_file_is_read_as_far_as_it_goes(
 
 
 def test_the_newest_run_of_every_stage_is_chosen(tmp_path: Path) -> None:
-    for name, time in [("base_d4", 3), ("base_d2", 5), ("base_d1", 1), ("rl_my_own_tag", 2)]:
-        write(tmp_path / f"train_{name}.jsonl", {"event": "start", "step": 0, "time": time})
-    write(tmp_path / "train_other_d4.jsonl", {"event": "start", "time": 9})
+    for stage, tag, time in [("base", "d4", 3), ("base", "d2", 5), ("base", "d1", 1),
+                             ("rl", "my_own_tag", 2)]:  # fmt: skip
+        folder = tmp_path / STAGE_FOLDERS[stage] / tag
+        folder.mkdir(parents=True)
+        write(folder / LOG, {"event": "start", "step": 0, "time": time})
+    (tmp_path / "other_checkpoints" / "d4").mkdir(parents=True)
+    write(tmp_path / "other_checkpoints" / "d4" / LOG, {"event": "start", "time": 9})
+    (tmp_path / STAGE_FOLDERS["mid"] / "imported").mkdir(parents=True)  # no run: it has no log
     runs, others = read_runs(tmp_path)
     assert [(run.stage, run.tag) for run in runs] == [("base", "d2"), ("rl", "my_own_tag")]
-    assert sorted(others) == ["base d1", "base d4"]
+    assert sorted(others) == ["base/d1", "base/d4"]
     runs, others = read_runs(tmp_path, "d4")
     assert [(run.stage, run.tag) for run in runs] == [("base", "d4")]
     assert len(others) == 3

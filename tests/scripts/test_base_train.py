@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from nanochat import text_source
-from nanochat.common import UserError, get_base_dir, read_jsonl
+from nanochat.checkpoint import LOG, run_dir
+from nanochat.common import UserError, read_jsonl
 from tests.tiny_world import BASE_FLAGS, make_world, run_stage
 
 FLAGS = [*BASE_FLAGS, "--num_iterations=3", "--eval_every=-1"]
 
 
 def rows(event: str, tag: str) -> list[dict[str, Any]]:
-    path = get_base_dir() / "report" / f"train_base_{tag}.jsonl"
+    path = run_dir("base", tag) / LOG
     return [row for _, row in read_jsonl(path) if row["event"] == event]
 
 

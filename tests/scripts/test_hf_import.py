@@ -22,6 +22,8 @@ from scripts import chat_cli
 from tests.hf_for_tests import config_of, save_hf, tokenizer_of
 from tests.tiny_world import MID_FLAGS, RL_FLAGS, run_stage
 
+pytestmark = pytest.mark.usefixtures("base")
+
 ONE = ["--num_iterations=1", "--device_batch_size=2", "--device_type=cpu", "--eval_tokens=128"]
 BASE = [*ONE, "--max_seq_len=64", "--total_batch_size=256", "--core_metric_every=-1"]
 CHAT = [*MID_FLAGS, *ONE, "--total_batch_size=256"]
@@ -40,12 +42,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run_stage("hf_import", f"--from={folder}/theirs/{arch}", "--stage=base")
             run_stage("hf_import", f"--from={folder}/theirs/{arch}", f"--model_tag={arch}-chat")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def base(world: Path, own_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(world))
-    return world
 
 
 def meta_of(stage: str, tag: str, step: int = 1) -> dict[str, Any]:
@@ -93,6 +89,53 @@ def test_a_first_step_learns_at_the_rate_it_is_told() -> None:
     before = load_model("base", "cpu", "qwen2.5")[0].state_dict()
     after = load_model("base", "cpu", "still")[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def rates_of(stage: str, tag: str, step: int = 1) -> list[float]:
+    args = meta_of(stage, tag, step)["args"]
+    return [args[name] for name in ("embedding_lr", "unembedding_lr", "matrix_lr")]
+
+
+def test_own_conversations_from_the_tag_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mid and SFT on an import: a cold optimizer, rates at a tenth; then SFT goes on from that."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"What is {i}?"},
+                      {"role": "assistant", "content": f"A number, {i}."}]} for i in range(200)
+    ]  # fmt: skip
+    data = tmp_path / "own.jsonl"
+    data.write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    own = [*ONE, f"--data={data}", "--sample_prompts=Hello!", "--device_batch_size=1"]
+    tenth = pytest.approx([0.02, 0.0004, 0.002])
+    for stage, script in (("mid", "mid_train"), ("sft", "chat_sft")):
+        argv = ["--source=base", "--source_tag=qwen2.5", "--model_tag=own"]
+        run_stage(script, *own, *argv, "--total_batch_size=128")
+        said = capsys.readouterr().out
+        assert "step_000000 was imported, without one)" in said
+        assert "does not say, so by default: --embedding_lr=0.02 --unembedding_lr=0.0004 " in said
+        assert rates_of(stage, "own") == tenth
+        meta = meta_of(stage, "own")
+        assert meta["mixture"] == str(data) and meta["metrics"]["val_loss"] > 0
+        assert (meta["optimizer_steps"], meta["optimizer_from"]) == (1, None)
+    argv = ["--source=mid", "--source_tag=own", "--model_tag=own-2"]
+    run_stage("chat_sft", *own, *argv)
+    said = capsys.readouterr().out
+    assert "optimizer: warm start, with the state after 1 steps" in said
+    assert rates_of("sft", "own-2") == tenth and meta_of("sft", "own-2")["optimizer_steps"] == 2
+    assert meta_of("sft", "own-2")["args"]["total_batch_size"] == 128
+
+
+def test_continued_pretraining_of_an_import_learns_at_a_tenth() -> None:
+    """And what comes after takes that for its peak; of a model of ours, it is all of the rate."""
+    for tag, typed, frac in (("tenth", [], 0.1), ("typed", ["--init_lr_frac=0.3"], 0.3)):
+        run_stage("base_train", *BASE, "--source_tag=gpt", f"--model_tag={tag}", *typed)
+        assert meta_of("base", tag)["args"]["init_lr_frac"] == frac
+    run_stage("mid_train", *CHAT, "--source_tag=tenth")
+    assert rates_of("mid", "tenth") == pytest.approx([0.02, 0.0004, 0.002])
+    assert meta_of("mid", "tenth")["optimizer_steps"] == 2  # and the optimizer is there again
+    run_stage("base_train", *BASE, "--source_tag=tenth", "--model_tag=ours")
+    assert meta_of("base", "ours")["args"]["init_lr_frac"] == 1.0
 
 
 def test_pretraining_goes_on_with_another_tokenizer(base: Path) -> None:
