@@ -98,7 +98,8 @@ def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> di
         "arch": arch, "depth": depth, "seed": seed, "command": command, "steps": end["step"],
         "bpb": {round(r["step"] * per_step): round(r["val_bpb"], 4)
                 for r in rows if r["event"] == "eval" and "val_bpb" in r and r["step"] > 0},
-        "minutes": round(end["seconds"] / 60, 2), "tokens_per_second": round(tokens / end["seconds"]),
+        "minutes": round(end["seconds"] / 60, 2),
+        "tokens_per_second": round(tokens / end["seconds"]),
     }  # fmt: skip
 
 

@@ -47,9 +47,9 @@ def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
         words.remove("--")
     if hasattr(args_class, "passed_on"):
         args, rest = tyro.cli(args_class, args=words, return_unknown_args=True)
-        args.passed_on = rest  # type: ignore[attr-defined]
-        return args
-    args = tyro.cli(args_class, args=words)
+        vars(args)["passed_on"] = rest
+    else:
+        args = tyro.cli(args_class, args=words)
     vars(args)["typed"] = words  # no field: asdict() and comparisons do not see it
     return args
 

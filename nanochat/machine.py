@@ -13,6 +13,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,22 @@ _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("nanochat", "scripts")  # the folders of what a run executes
 _PACKAGES = ("nanochat", "torch", "tiktoken", "rustbpe", "numpy")
 
-# Dense bfloat16 peak of one GPU in FLOP/s, from the makers' data sheets.
+# Dense bfloat16 peak of one GPU in FLOP/s (float16 where there is no bfloat16), from the makers'
+# data sheets. The first name that is found counts: the special before the general.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
+    "V100": 125e12,
     "L40S": 362e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "MI300X": 1307e12,
     "RTX 5090": 210e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -130,7 +140,8 @@ def _cpu_model() -> str | None:
 
 def peak_flops(gpu: str) -> float | None:
     """The GPU's entry in PEAK_FLOPS, by the name that its driver gives; None if it has none."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    found = (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", gpu))
+    return next(found, None)  # whole words: an L40 is no L4
 
 
 def _cores() -> int | None:

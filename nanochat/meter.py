@@ -52,17 +52,21 @@ class StepRecord:
 
 class Meter:
     """Hands each step's numbers and seconds to `account(record, loss, norm, seconds)`, in order:
-    at once, or, with `lag`, when the next step has been queued."""
+    at once, or, with `lag`, when the next step has been queued. `gaps`: what lies between two steps
+    is waiting for data, and counts as time of the second."""
 
     def __init__(
-        self, account: Callable[[StepRecord, float, float, float], None], lag: bool
+        self,
+        account: Callable[[StepRecord, float, float, float], None],
+        lag: bool,
+        gaps: bool = True,
     ) -> None:
-        self.account, self.lag = account, int(lag)
+        self.account, self.lag, self.gaps = account, int(lag), gaps
         self._pending: deque[StepRecord] = deque()
         self._boundary: float | None = None  # end of the last step; None: the clock stands still
 
     def begin(self) -> None:
-        """A step begins. From one step to the next the clock goes on: waiting for data counts."""
+        """A step begins."""
         if self._boundary is None:
             self._boundary = time.perf_counter()
 
@@ -70,6 +74,8 @@ class Meter:
         """A step is taken, or queued."""
         self._pending.append(record)
         self._read(self.lag)
+        if not self.gaps:
+            self.pause()
 
     def flush(self) -> None:
         """Accounts for every step taken: waits for the device."""

@@ -2,7 +2,7 @@
 The depth dial: batch, rates and length of a pretraining run that nobody typed.
 
 All of them follow from the model's size, by way of the tokens that a model of that size wants
-(schedule.py has the formulas and their sources). What was typed is taken as it is. Floor 3.
+(schedule.py has the formulas and their sources). What was typed is taken as it is. Floor 3.5.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def num_scaling_params(model: Any) -> int:
     return sum(p.numel() for kind in groups if kind != "value_embedding" for p in groups[kind])
 
 
-def settle(args: HorizonFlags, model: Any, tokens_per_round: int) -> int:
+def settle_horizon(args: HorizonFlags, model: Any, tokens_per_round: int) -> int:
     """Fills in batch and rates that were not typed, says with what, and returns the number of
     optimizer steps. tokens_per_round: what a batch must be a multiple of."""
     sizes = {

@@ -14,7 +14,7 @@ from nanochat.common import UserError
 # Where batch and rates were measured (nanochat's dev/LOG.md): d12, 20 tokens a parameter.
 REF_TOKENS = 3.7e9
 REF_BATCH = 2**19
-MIN_STEPS = 600
+MIN_STEPS = 500
 
 
 def lr_multiplier(

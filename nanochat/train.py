@@ -90,9 +90,10 @@ class Trainer:
         self.state = TrainState()
         self.metrics: dict[str, Any] = {}  # the last evaluation of each kind
         self.train_step = TrainStep(args, info, model, optimizer, num_steps, loader)
-        # RL reads its replies on the host between two steps anyway: there is nothing to lag behind.
+        # RL samples its replies between two steps: that is not the step's time, and waits anyway.
         lag = info.device.type == "cuda" and loader is not None
-        self.meter, self.collector = Meter(self._account, lag), QuietCollector()
+        self.meter = Meter(self._account, lag, gaps=loader is not None)
+        self.collector = QuietCollector()
         self.log_path = run_dir(stage, tag) / LOG
         self.wandb: Any = None
         self._wandb_id: str | None = None
@@ -199,7 +200,7 @@ class Trainer:
         if self.args.repeats is None:
             return
         log = find_log(self.args.repeats)
-        if log == self.log_path:
+        if log.resolve() == self.log_path.resolve():
             raise UserError(
                 f"--model_tag={self.tag} is the run to repeat, and would be replaced by its "
                 "repetition; give another --model_tag"
@@ -316,8 +317,6 @@ class Trainer:
             raise out_of_memory(e, number, batches, self._saved and self._saved[0]) from e
         self.state.step = number
         self.meter.end(record)
-        if self.loader is None:
-            self.meter.pause()  # the next step's replies are yet to be sampled
         self.collector.after_step()
 
     def flush(self) -> None:

@@ -7,7 +7,7 @@ Pretrains a base model on text: the first and longest stage.
 
 --depth sets the size of the model; --arch its kind (gpt, qwen2.5, or a published Qwen2.5 size). The
 length follows from --num_iterations, --target_flops or --target_param_data_ratio, the first that
-is set. Checkpoints go to base_checkpoints/<tag>/, metrics to report/train_base_<tag>.jsonl.
+is set. Checkpoints go to base_checkpoints/<tag>/, with the log of the run, which can repeat it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nanochat.evals.core import evaluate_core
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.preview import preview_text
-from nanochat.recipe import settle
+from nanochat.recipe import settle_horizon
 from nanochat.schedule import (
     decay_multiplier,
     grad_accum_steps,
@@ -128,7 +128,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     if args.source_tag:
         started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
     args.init_lr_frac = lr_frac(args.init_lr_frac, source_meta)
-    num_steps = settle(args, model, args.max_seq_len * info.world_size)
+    num_steps = settle_horizon(args, model, args.max_seq_len * info.world_size)
     grad_accum_steps(
         args.total_batch_size, args.device_batch_size, args.max_seq_len, info.world_size
     )

@@ -133,3 +133,28 @@ def test_stages_share_their_flags_by_inheritance() -> None:
     assert (args.step, args.matrix_lr, args.device_type) == (3, 0.1, "cpu")
     with pytest.raises(SystemExit):
         flags.parse(flags.TrainFlags, ["--step=3"])  # only stages that start from a checkpoint
+
+
+@dataclass
+class PassingArgs:
+    """Flags of a program that starts another."""
+
+    depths: str = "1"
+    """Ours."""
+
+    passed_on = ()
+
+
+def test_flags_for_another_program_are_passed_on_as_they_were_typed() -> None:
+    argv = ["--eval-tokens=5", "--depths=4,5", "--stream", "--val_data", "a_b-c", "--data=x_y-z"]
+    args = flags.parse(PassingArgs, argv)
+    assert args.depths == "4,5"
+    assert list(args.passed_on) == [argv[0], *argv[2:]]
+    assert flags.typed(args) == argv
+
+
+def test_what_was_typed_is_kept_beside_what_came_of_it() -> None:
+    argv = ["-b", "3", "--resume"]
+    args = flags.parse(Args, ["--", *argv])
+    assert flags.typed(args) == argv and args == Args(batch_size=3, resume=True)
+    assert flags.typed(Args()) is None

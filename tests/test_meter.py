@@ -65,6 +65,17 @@ def test_the_clock_stands_still_during_an_evaluation(clock: Clock) -> None:
     assert seconds == [2.0, 0.0, 1.0]  # of the first two, queued together, the sum is known
 
 
+def test_without_gaps_only_the_steps_themselves_count(clock: Clock) -> None:
+    seconds: list[float] = []
+    m = Meter(lambda r, loss, norm, s: seconds.append(s), lag=False, gaps=False)
+    for step in range(1, 4):
+        m.begin()
+        clock.now += step
+        m.end(record(step))
+        clock.now += 100  # replies are sampled
+    assert seconds == [1.0, 2.0, 3.0]
+
+
 def test_numbers_are_those_of_the_moment_they_were_copied() -> None:
     assert HostCopy(torch.tensor([1.5, 2.0])).read() == [1.5, 2.0]
 

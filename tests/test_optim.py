@@ -462,12 +462,12 @@ def test_make_optimizer_gives_every_parameter_its_rate(tied: bool | None) -> Non
             assert p is model.get_parameter(name)
             is_table = "wte" in name or "embed_tokens" in name
             if name == "lm_head.weight" or (is_table and tied):
-                wanted = ("adamw", 0.004 * adam, 0.1)
+                wanted = ("adamw", 0.004 * adam, 0.0)
             elif is_table:
-                wanted = ("adamw", 0.2 * adam, 0.1)
+                wanted = ("adamw", 0.2 * adam, 0.0)
             elif p.ndim == 2:
                 wanted = ("muon", 0.02 * 0.5, 0.1)
-            else:  # norm weights and biases do not decay
+            else:  # norm weights and biases
                 wanted = ("adamw", 0.004 * adam, 0.0)
             assert (group.kind, group.lr, group.weight_decay) == (
                 wanted[0], pytest.approx(wanted[1]), wanted[2],

@@ -58,9 +58,8 @@ def test_a_format_that_fails_its_trial_is_not_chosen(monkeypatch: pytest.MonkeyP
 
 
 def test_a_trial_notices_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 in place of bfloat16: no process can be killed by that."""
+    """float32 products in place of bfloat16 ones: no process can be killed by that."""
     linear = precision.F.linear
-    assert "differs" in (precision._fails_here(torch.float32, CPU) or "")  # autocast gives no such
     calls: list[int] = []
 
     def wrong(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,9 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.schedule import (
+    base_rates,
+    batch_size,
+    decay_multiplier,
     grad_accum_steps,
     is_due,
     lr_multiplier,
@@ -72,7 +75,35 @@ def test_rates_fall_with_the_root_of_the_width() -> None:
     assert width_lr_scale(4 * 768) == pytest.approx(0.5)
 
 
+def test_decay_falls_from_all_to_nothing() -> None:
+    assert [decay_multiplier(step, 4) for step in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert decay_multiplier(0, 0) == 1
+
+
 # ---- batch ---------------------------------------------------------------------------------------
+
+
+def test_the_batch_of_a_model_at_the_scale_where_it_was_measured() -> None:
+    """d12's tokens want half a million, twice the depth twice that: 8 times the tokens, 2.2 times
+    the batch. A power of two, whole rows on all ranks."""
+    assert batch_size(3.7e9, 2048) == 2**19
+    assert batch_size(8 * 3.7e9, 2048) == 2**20
+    assert batch_size(8 * 3.7e9, 2048 * 7) == round(2**20 / 14_336) * 14_336
+
+
+def test_a_short_run_gets_steps_rather_than_a_large_batch() -> None:
+    assert batch_size(2_457_600, 512) == 4096  # 600 steps
+    assert batch_size(1_000, 512) == 512  # a row is the least
+    sizes = [batch_size(10.0**e, 1) for e in range(3, 13)]
+    assert sizes == sorted(sizes)
+    assert all(10.0**e / size > 350 for e, size in zip(range(3, 13), sizes, strict=True))
+
+
+def test_rates_go_with_the_root_of_a_batch_that_was_typed() -> None:
+    one, four = base_rates(1), base_rates(4)
+    assert one["matrix_lr"] == 0.02 and one["weight_decay"] == four["weight_decay"]
+    for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr"):
+        assert four[name] == pytest.approx(2 * one[name])
 
 
 def test_accumulation_by_hand() -> None:
@@ -120,20 +151,21 @@ def test_sizes_below_one_are_refused(flag: str) -> None:
 # ---- length --------------------------------------------------------------------------------------
 
 
-def steps_of(iterations: int, flops: float, ratio: float) -> int:
+def steps_of(iterations: int, flops: float, tokens: float, ratio: float) -> int:
     return num_iterations(
-        iterations, flops, ratio,
+        iterations, flops, tokens, ratio,
         flops_per_token=6e9, num_scaling_params=1_000_000_000, total_batch_size=500_000,
     )  # fmt: skip
 
 
 def test_the_first_horizon_that_is_set_decides() -> None:
-    assert steps_of(77, 6e18, 20) == 77
-    assert steps_of(-1, 6e18, 20) == 2000  # 6e18 / (6e9 * 5e5)
-    assert steps_of(-1, -1, 20) == 40_000  # 20 * 1e9 / 5e5
-    assert steps_of(0, 0, 1e-9) == 1  # never none
-    with pytest.raises(UserError, match=r"--num_iterations, --target_flops, --target_param"):
-        steps_of(-1, -1, -1)
+    assert steps_of(77, 6e18, 5e8, 20) == 77
+    assert steps_of(-1, 6e18, 5e8, 20) == 2000  # 6e18 / (6e9 * 5e5)
+    assert steps_of(-1, -1, 5e8, 20) == 1000  # 5e8 / 5e5
+    assert steps_of(-1, -1, -1, 20) == 40_000  # 20 * 1e9 / 5e5
+    assert steps_of(0, 0, 0, 1e-9) == 1  # never none
+    with pytest.raises(UserError, match=r"--num_iterations, --target_flops, --target_tokens, --ta"):
+        steps_of(-1, -1, -1, -1)
 
 
 # ---- events --------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat.models.attention import attend
+from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
+
 
 class KVCacheLike(Protocol):
     """What attention needs of a key/value cache (engine.KVCache is the one we use)."""
@@ -86,13 +89,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def window_mask(T: int, window: int, device: torch.device | str | None = None) -> Tensor:
-    """(T, T): True where the token of a row may look at that of a column, itself included."""
-    at = torch.arange(T, device=device)
-    distance = at[:, None] - at  # (T, T): how far back
-    return (distance >= 0) & (distance < window)
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -109,45 +105,55 @@ def attention(
     if window is not None and window < 1:
         raise ValueError(f"window={window}: a token must at least see itself")
     B, T, H, E = q.shape
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
-    mask = None
     if cache is not None:
         mask = cache.mask(T, window)
-        k, v = cache.insert(layer, k, v)  # (B, K, S, E)
-    elif window is not None and window < T:
-        mask = window_mask(T, window, q.device)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
-    )
-    return y.transpose(1, 2).reshape(B, T, H * E)
+        held = cache.insert(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, E) each
+        if mask is not None:
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), *held, attn_mask=mask, enable_gqa=k.size(2) != H
+            )
+            return y.transpose(1, 2).reshape(B, T, H * E)
+    return attend(q, k, v, window).reshape(B, T, H * E)
 
 
 def token_losses(
-    x: Tensor, head: Tensor, targets: Tensor, reduction: str, softcap: float = 0.0
+    x: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    reduction: str,
+    softcap: float = 0.0,
+    chunk: int | None = None,
 ) -> Tensor:
     """Cross-entropy of the next token, from hidden states: (B, T, D), (V, D), (B, T) -> loss.
 
     reduction "none" gives (B, T) in nats with 0 where the target is -1; "sum" and "mean" are over
-    the other positions. A batch without one gives 0, never NaN."""
+    the other positions. A batch without one gives 0, never NaN. Logits exist for `chunk` positions
+    at a time (None: as many as suit the device, see loss.py)."""
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction={reduction!r}: use 'none', 'sum' or 'mean'")
     flat = targets.reshape(-1)  # (B*T,); targets are a shifted view and need not be contiguous
     x = x.flatten(0, 1)  # (B*T, D)
-    kept = None
+    kept, all_kept = None, False
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         # In conversations most positions have no target, and the head is a quarter of a small
         # model's work. On a GPU finding them would cost a sync and static shapes.
-        kept = (flat != -1).nonzero().squeeze(1)  # (N,)
-        x, flat = x[kept], flat[kept]
-    nll = F.cross_entropy(lm_logits(x, head, softcap), flat, ignore_index=-1, reduction="none")
+        at = (flat != -1).nonzero().squeeze(1)  # (N,)
+        if at.numel() < flat.numel():
+            kept, x, flat = at, x.index_select(0, at), flat[at]
+        all_kept = True
+    if chunk is None:
+        chunk = chunk_rows(head.size(0), x.device.type, reduction)
     if reduction == "none":
+        if x.size(0) > chunk:
+            nll = losses_of_rows(x, head, flat, softcap, chunk)
+        else:  # so few that computing their logits twice would save nothing
+            logits = lm_logits(x, head, softcap)
+            nll = F.cross_entropy(logits, flat, ignore_index=-1, reduction="none")
         if kept is not None:
             nll = nll.new_zeros(targets.numel()).index_put((kept,), nll)
         return nll.view(targets.shape)
-    total = nll.sum()
-    if reduction == "sum":
-        return total
-    if reduction == "mean":
-        return total / (targets != -1).sum().clamp(min=1)
-    raise ValueError(f"reduction={reduction!r}: use 'none', 'sum' or 'mean'")
+    total = sum_of_losses(x, head, flat, softcap, chunk, all_kept)
+    return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
 
 
 def lm_logits(x: Tensor, head: Tensor, softcap: float = 0.0) -> Tensor:

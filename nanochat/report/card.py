@@ -162,6 +162,8 @@ def stage_section(run: Run) -> list[str]:
         if values:
             results[f"{key}, last tenth"] = _mean(values[-max(1, len(values) // 10) :])
     lines += _pairs(results)
+    place = f"`{STAGE_FOLDERS[run.stage]}/{run.tag}/`"
+    lines += [f"In {place}; `python -m scripts.rerun {run.name}` repeats it.", ""]
     settings = {**(run.start.get("model") or {}), **(run.start.get("args") or {})}
     if settings:
         lines += ["<details><summary>Settings</summary>", "", *_pairs(settings), "</details>", ""]
@@ -306,6 +308,9 @@ def intro(runs: list[Run], others: list[str]) -> list[str]:
         lines.append(f"- Training time, all stages: {duration(total)}")
     if others:
         lines.append(f"- Runs not shown: {', '.join(others)} (choose with --model_tag)")
+    if runs and others:
+        two = f"{runs[-1].name} {others[-1]}"
+        lines.append(f"- Two runs side by side: `python -m scripts.compare {two}`")
     return [*lines, ""]
 
 

@@ -95,6 +95,7 @@ def test_a_whole_run(folder: Path) -> None:
     assert "| val_bpb | 1.5 |" in lines  # an older row of the same step adds what the newer lacks
     assert "    <|bos|>Hi | you" in text  # as code: markup in it stays text
     assert "| matrix_lr | 0.02 |" in lines
+    assert "In `base_checkpoints/d4/`; `python -m scripts.rerun base/d4` repeats it." in lines
 
 
 def test_a_run_under_way_says_so(folder: Path) -> None:
