@@ -336,9 +336,9 @@ def optim_reader(folder: Path) -> Callable[[str], torch.Tensor]:
             return file.get_tensor(name)
         except SafetensorError as e:
             raise UserError(
-                f"{folder} has no optimizer state {name}: another version of nanochat wrote it, "
-                "and its run cannot be resumed. Its weights are good: finetune from them, or train "
-                f"again under another --model_tag ({e})"
+                f"{folder} has no optimizer state {name}: another version of nanochat wrote it. "
+                "Its run cannot be resumed; the next stage, or base_train --source_tag, can train "
+                f"on from its weights ({e})"
             ) from e
 
     return get

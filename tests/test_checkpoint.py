@@ -404,7 +404,7 @@ def test_unknown_config_keys_and_architectures_are_refused() -> None:
     with pytest.raises(UserError, match=r"step_000007 has config keys .*gpt.*: window"):
         load_model("base", "cpu")
     reseal(folder, config={**config, "arch": "mamba"})
-    with pytest.raises(UserError, match="architecture 'mamba'; known: gpt, qwen"):
+    with pytest.raises(UserError, match="architecture 'mamba'; known: gpt, turbo, qwen"):
         load_model("base", "cpu")
     reseal(folder, config=config, format=2)
     with pytest.raises(UserError, match="checkpoint format 2, this is 1"):

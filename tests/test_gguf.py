@@ -180,10 +180,11 @@ def test_ids_without_a_token_are_unused(tmp_path: Path) -> None:
 # ---- refused ----
 
 
-def test_a_gpt_is_refused_and_the_reason_holds(tmp_path: Path) -> None:
-    model = tiny_model("gpt", vocab_size=400)
-    with pytest.raises(UserError, match=r"GPT, and llama\.cpp has no such architecture"):
-        write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(), "gpt", True, "float32")
+@pytest.mark.parametrize("arch", ["gpt", "turbo"])
+def test_ours_are_refused_and_the_reason_holds(arch: str, tmp_path: Path) -> None:
+    model = tiny_model(arch, vocab_size=400)
+    with pytest.raises(UserError, match=rf"\(--arch={arch}\), and llama\.cpp has no such archit"):
+        write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(), arch, True, "float32")
     assert not list(tmp_path.iterdir())
     # If a release of the package learns of it, the refusal is to go
     assert not [name for name in gguf.MODEL_ARCH_NAMES.values() if "nanochat" in name.lower()]
