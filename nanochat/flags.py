@@ -248,6 +248,7 @@ FREE_ON_RESUME = frozenset(
         "allow_changes", "token_cache_dir", "stream", "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
+        "chat_eval_every", "chat_eval_tasks", "chat_eval_problems", "chat_eval_max_new_tokens",
         # compared by what comes of them: shape, number of steps, fingerprints, starting weights
         "arch", "depth", "tokenizer", "data", "val_data", "mixture", "task", "num_iterations",
         "num_epochs", "target_flops", "target_param_data_ratio", "source", "source_tag", "step",

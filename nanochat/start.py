@@ -81,17 +81,18 @@ def lr_frac(asked: float, meta: dict[str, Any] | None) -> float:
     return IMPORT_LR_FRAC if meta is not None and "imported" in meta else 1.0
 
 
-def inherit(args: InheritedFlags, start: Start) -> None:
-    """Fills in the InheritedFlags that were not typed, and says with what.
+def inherit(args: InheritedFlags, start: Start) -> list[str]:
+    """Fills in the InheritedFlags that were not typed, says with what, and returns their names.
 
     Rates are those of the peak, as the checkpoint's run was told: it ended at a decayed one, and
     --init_lr_frac says where this run begins. What the checkpoint does not say is base_train's
     default, for rates of an import IMPORT_LR_FRAC of it."""
     inherited: list[str] = []
     defaults: list[str] = []
-    for flag in InheritedFlags.__annotations__:
-        if getattr(args, flag) >= 0:  # typed
-            continue
+    names = [
+        flag for flag in InheritedFlags.__annotations__ if getattr(args, flag) < 0
+    ]  # not typed
+    for flag in names:
         value, is_known = _trained_with(flag, start)
         setattr(args, flag, value)
         shown = f"{value:g}" if isinstance(value, float) else str(value)
@@ -100,6 +101,7 @@ def inherit(args: InheritedFlags, start: Start) -> None:
         print0(f"as the model was trained: {' '.join(inherited)}")
     if defaults:
         print0(f"the checkpoint does not say, so by default: {' '.join(defaults)}")
+    return names
 
 
 def _trained_with(flag: str, start: Start) -> tuple[Any, bool]:

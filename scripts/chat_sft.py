@@ -6,7 +6,7 @@ Supervised finetuning: the last polish on the conversations we want most.
 
 Starts from the newest midtrained model (--source=base: straight from the base model) and saves to
 chatsft_checkpoints/<tag>/. Row length, batch, rates and optimizer state are those of that model
-unless given.
+unless given; where that is fewer than 100 steps, the batch is smaller and so are the rates.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from nanochat.finetune import ConversationFlags, finetune
 
 MIXTURE = "arc-easy | arc-challenge | gsm8k | smoltalk@10000 | spelling@300 | spellingbee@300"
 VAL_MIXTURE = "smoltalk@2000"
+CHAT_TASKS = "arc-easy | mmlu | gsm8k"
 
 
 @dataclass
@@ -32,10 +33,14 @@ class Args(ConversationFlags):
     """Share of the run over which the learning rate falls: all of it."""
     eval_every: int = 100
     """Steps between evaluations; -1: only at the end."""
+    sample_every: int = 100
+    """Steps between samples; -1: only at the end."""
+    chat_eval_every: int = 100
+    """Steps between evaluations of --chat_eval_tasks, the first before training; -1: never."""
 
 
 def main(args: Args) -> None:
-    finetune(args, "sft", MIXTURE, VAL_MIXTURE)
+    finetune(args, "sft", MIXTURE, VAL_MIXTURE, CHAT_TASKS)
 
 
 if __name__ == "__main__":

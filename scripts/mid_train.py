@@ -21,6 +21,7 @@ from nanochat.finetune import ConversationFlags, finetune
 # words to spell and letters to count.
 MIXTURE = "smoltalk | mmlu-aux | gsm8k | spelling@200000 | spellingbee@80000"
 VAL_MIXTURE = "smoltalk@5000 | mmlu@5000 | gsm8k@400"
+CHAT_TASKS = "mmlu | gsm8k"
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Args(ConversationFlags):
 
 
 def main(args: Args) -> None:
-    finetune(args, "mid", MIXTURE, VAL_MIXTURE)
+    finetune(args, "mid", MIXTURE, VAL_MIXTURE, CHAT_TASKS)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from nanochat import finetune, flags
-from nanochat.checkpoint import list_steps, read_meta, step_dir
-from nanochat.common import UserError, get_base_dir, read_jsonl
+from nanochat.checkpoint import LOG, list_steps, load_model, read_meta, run_dir, step_dir
+from nanochat.common import UserError, read_jsonl
 from nanochat.dataloader import IGNORE, MicroBatch, RowReader
 from nanochat.distributed import DistInfo
+from nanochat.engine import Engine
 from nanochat.optim import make_optimizer
 from nanochat.schedule import lr_multiplier
 from nanochat.train import Trainer
@@ -100,7 +101,9 @@ def test_conversations_take_the_place_of_the_mixture(
     assert meta["mixture"] == data
     assert meta["validation"] == "chats.jsonl.zst: 1 document in 50, by its hash"
     assert meta["metrics"]["val_loss"] > 0
-    assert len([row for row in capsys.readouterr().out.splitlines() if "100.0%" in row]) == 1
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "100.0%" in line]
+    assert table[0][:4] == [data, "292", "1", "100.0%"] and len(table) == 2  # and all together
+    assert table[0][4] == table[1][2] and int(table[0][4].replace(",", "")) > 4_000  # tokens
     both = ["--mixture=primer-facts@50", "--val_mixture=primer-facts@10", "--model_tag=both"]
     run_stage(script, *CHAT_FLAGS, f"--data={data}", "--source_tag=d2", *both)
     meta = meta_of(stage, "both")
@@ -163,8 +166,7 @@ def test_every_stage_has_a_preview_that_needs_no_gpu(
 
 
 def log_of(stage: str, tag: str) -> list[dict[str, Any]]:
-    path = get_base_dir() / "report" / f"train_{stage}_{tag}.jsonl"
-    return [row for _, row in read_jsonl(path)]
+    return [row for _, row in read_jsonl(run_dir(stage, tag) / LOG)]
 
 
 def inherited(stage: str, tag: str) -> str:
@@ -250,7 +252,7 @@ def test_short_rows_lose_conversations_not_the_run(
     data = write(tmp_path / "long.jsonl", [*chats(60), *long])
     short = ["--max_seq_len=24", "--total_batch_size=48", "--num_iterations=-1", "--eval_every=5"]
     run_stage("mid_train", *CHAT_FLAGS, *short, f"--data={data}", "--model_tag=short")
-    assert re.search(r"(5\d|60) dropped, with nothing to learn from", capsys.readouterr().out)
+    assert re.search(r"(5\d|60) dropped; those dropped have nothing", capsys.readouterr().out)
     rows = log_of("mid", "short")
     losses = [row.get("loss", row.get("val_loss")) for row in rows if row["event"] != "start"]
     losses = [loss for loss in losses if loss is not None]
@@ -265,15 +267,21 @@ def test_a_step_without_a_trained_token_changes_nothing() -> None:
     meta = {"tokenizer": None, "tokenizer_fingerprint": "", "data": {}}
     info = DistInfo(0, 0, 1, cpu)
     trainer = Trainer("mid", "none", flags.TrainFlags(), info, model, optimizer, 2, meta)
+
+    def loss_of(batches: list[MicroBatch]) -> float:
+        trainer.step(batches, 1.0)
+        trainer.flush()
+        return log_of("mid", "none")[-1]["loss"]
+
     before = {name: p.clone() for name, p in model.named_parameters()}
     idx = tokens_of(model, 2, 8)
-    assert trainer.step([MicroBatch(idx, torch.full_like(idx, IGNORE))] * 2, 1.0) == 0.0
+    assert loss_of([MicroBatch(idx, torch.full_like(idx, IGNORE))] * 2) == 0.0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert optimizer.num_steps == 0 and trainer.state.step == 1
     # Beside such a micro-batch, another counts as if it were alone
     alone = model(idx, idx).item()
     batches = [MicroBatch(idx, torch.full_like(idx, IGNORE)), MicroBatch(idx, idx)]
-    assert trainer.step(batches, 1.0) == pytest.approx(alone)
+    assert loss_of(batches) == pytest.approx(alone)
     assert optimizer.num_steps == 1
 
 
@@ -303,6 +311,132 @@ def test_few_steps_are_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run_stage("chat_sft", *own, "--total_batch_size=512")
     said = capsys.readouterr().err
     assert re.search(r"--num_epochs=1 is over in \d steps of --total_batch_size=512 tokens", said)
+
+
+# ---- how large a step, where nobody says
+
+
+def settings(**typed: Any) -> finetune.ConversationFlags:
+    """Flags after inherit(), from a model of 2,048-token rows and the usual batch."""
+    inherited = {"max_seq_len": 2048, "total_batch_size": 2**19, "embedding_lr": 0.3,
+                 "unembedding_lr": 0.008, "matrix_lr": 0.02, "weight_decay": 0.28}  # fmt: skip
+    return finetune.ConversationFlags(**{**inherited, **typed})
+
+
+def fitted(
+    num_rows: int, args: finetune.ConversationFlags, world: int = 1, typed: str = ""
+) -> tuple[int, float, int]:
+    """(rows in a step, share of the matrix rate, steps) that fit_batch makes of it."""
+    names = [name for name in flags.InheritedFlags.__annotations__ if name not in typed.split()]
+    finetune.fit_batch(args, names, num_rows, world)
+    assert args.weight_decay == 0.28
+    rows = args.total_batch_size // args.max_seq_len
+    return rows, args.matrix_lr / 0.02, finetune._num_steps(args, num_rows)
+
+
+def test_a_step_is_small_enough_for_a_hundred(capsys: pytest.CaptureFixture[str]) -> None:
+    """SFT's own mixture, some 10M tokens in 5,000 rows: of 256 rows that were 20 steps."""
+    assert fitted(5_000, settings()) == (32, pytest.approx(math.sqrt(32 / 256)), 156)
+    said = capsys.readouterr().out
+    assert "--total_batch_size=65536 --embedding_lr=0.106066 " in said and "256" in said
+    assert fitted(5_000, settings(num_epochs=2.0))[::2] == (64, 156)
+    assert fitted(25_599, settings())[0] == 128 and fitted(25_600, settings()) == (256, 1.0, 100)
+    assert fitted(200_000, settings()) == (256, 1.0, 781)  # mid has enough
+    assert fitted(7, settings())[::2] == (1, 7)
+    # The same on 8 ranks; where they are more than rows, one for each
+    assert fitted(5_000, settings(), world=8)[0] == 32 and fitted(300, settings(), world=8)[0] == 8
+    assert fitted(5_000, settings(device_batch_size=3), world=4)[0] == 36
+
+
+def test_what_was_typed_is_not_made_smaller() -> None:
+    assert fitted(5_000, settings(), typed="total_batch_size") == (256, 1.0, 20)
+    assert fitted(5_000, settings(num_iterations=9)) == (256, 1.0, 9)
+    rows, rate, _ = fitted(5_000, settings(), typed="matrix_lr")
+    assert (rows, rate) == (32, 1.0)
+
+
+def test_a_run_over_few_rows_takes_small_steps(tmp_path: Path) -> None:
+    data = write(tmp_path / "chats.jsonl", chats(300))
+    own = ["--num_iterations=-1", "--device_batch_size=auto", "--device_type=cpu"]
+    run_stage("chat_sft", *own, f"--data={data}", "--source_tag=d2", "--model_tag=small")
+    meta = meta_of("sft", "small")
+    assert meta["args"]["total_batch_size"] == 64 and 50 < meta["step"] < 100
+    assert meta["args"]["matrix_lr"] == pytest.approx(0.0075 / 2)  # a quarter of the batch
+    assert meta["state"]["tokens"] == 64 * meta["step"]
+
+
+# ---- what one sees while it trains
+
+
+def test_tasks_are_answered_at_intervals_and_change_nothing() -> None:
+    argv = [*MID_FLAGS, "--source_tag=d2", "--eval_every=-1"]
+    tasks = ["--chat_eval_tasks=primer-facts | primer-choice", "--chat_eval_every=2",
+             "--chat_eval_problems=3", "--chat_eval_max_new_tokens=4"]  # fmt: skip
+    run_stage("mid_train", *argv, *tasks, "--model_tag=asked")
+    run_stage("mid_train", *argv, "--model_tag=unasked")
+    rows = [row for row in log_of("mid", "asked") if "primer-facts" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    for row in rows:
+        for name in ("primer-facts", "primer-choice"):
+            p, n = row[name], row[f"{name}_problems"]
+            assert row["event"] == "eval" and n == 3 and 0 <= p <= 1
+            assert row[f"{name}_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / n))
+    metrics = meta_of("mid", "asked")["metrics"]
+    assert metrics["primer-facts"] == rows[-1]["primer-facts"] and "val_loss" in metrics
+    assert not [row for row in log_of("mid", "unasked") if "primer-facts" in row]
+    one, other = ([row["loss"] for row in log_of("mid", tag) if row["event"] == "step"]
+                  for tag in ("asked", "unasked"))  # fmt: skip
+    assert len(one) == 6 and one == other
+    never = [*argv, *tasks, "--chat_eval_every=-1", "--model_tag=never"]
+    run_stage("mid_train", *never)
+    assert not [row for row in log_of("mid", "never") if "primer-facts" in row]
+
+
+def test_a_task_without_answers_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no task 'primer-fact'"):
+        run_stage("mid_train", *MID_FLAGS, "--chat_eval_tasks=primer-fact", "--model_tag=no")
+    silent = write(tmp_path / "chats.jsonl", chats(9))
+    with pytest.raises(UserError, match='have no "expected"'):
+        run_stage("mid_train", *MID_FLAGS, f"--chat_eval_tasks={silent}", "--model_tag=no")
+    assert list_steps("mid", "no") == []
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "expected"),
+    [
+        ("mid_train", {}, "mmlu | gsm8k"),
+        ("chat_sft", {}, "arc-easy | mmlu | gsm8k"),
+        ("mid_train", {"mixture": "smoltalk"}, ""),
+        ("chat_sft", {"data": "own.jsonl"}, ""),
+        ("chat_sft", {"data": "own.jsonl", "chat_eval_tasks": "mmlu"}, "mmlu"),
+    ],
+)
+def test_own_data_is_not_measured_by_other_tasks_unasked(
+    script: str, typed: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So speedrun.sh, which names its mixture on a CPU, answers nothing while it trains."""
+    seen: list[Any] = []
+    monkeypatch.setattr(finetune, "start_from", lambda *args: None)
+    monkeypatch.setattr(finetune, "_train", lambda args, *rest: seen.append(args))
+    run_stage(script, "--device_type=cpu", *(f"--{k}={v}" for k, v in typed.items()))
+    assert seen[0].chat_eval_tasks == expected
+
+
+def test_samples_are_shown_at_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each prompt as a conversation, and the likeliest reply of the model as it is then."""
+    argv = [*MID_FLAGS, "--source_tag=d2", "--eval_every=-1", "--sample_every=2", "--keep_last=-1"]
+    argv += ["--save_every=2", "--sample_prompts=Hello!|What is 2 + 2?", "--model_tag=samples"]
+    run_stage("mid_train", *argv)
+    shown = [row for row in log_of("mid", "samples") if row["event"] == "sample"]
+    assert [row["step"] for row in shown] == [2, 2, 4, 4, 6, 6]
+    out = capsys.readouterr().out
+    for at, row in enumerate(shown):
+        prompt = ("Hello!", "What is 2 + 2?")[at % 2]
+        model, tokenizer, _ = load_model("mid", "cpu", "samples", row["step"])
+        ids = tokenizer.render_for_completion({"messages": [{"role": "user", "content": prompt}]})
+        assert row["text"].startswith(f"<|bos|><|user_start|>{prompt}<|user_end|>")
+        greedy = Engine(model, tokenizer).generate_batch(ids, max_tokens=64, temperature=0)[0][0]
+        assert row["text"] == tokenizer.decode(greedy) and row["text"] in out
 
 
 @pytest.mark.slow
