@@ -231,7 +231,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         if val_reader is not None and trainer.is_due(args.eval_every, at_start=True):
             trainer.record(val_loss=validation_loss(args, trainer, val_reader, micro_batch))
         if chat_tasks and trainer.is_due(args.chat_eval_every, at_start=True):
-            trainer.record(**chat_metrics(args, trainer, tokenizer, chat_tasks))
+            trainer.record("eval", **chat_metrics(args, trainer, tokenizer, chat_tasks))
         if trainer.is_due(args.sample_every) and info.rank == 0:
             sample_replies(trainer, tokenizer, args.sample_prompts)
         if trainer.is_due(args.save_every):

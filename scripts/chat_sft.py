@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from nanochat import flags
 from nanochat.finetune import ConversationFlags, finetune
 
-MIXTURE = "arc-easy | arc-challenge | gsm8k | smoltalk@10000 | spelling@300 | spellingbee@300"
+# 23K conversations: choices, word problems, talk, a little spelling, who the model is
+MIXTURE = (
+    "arc-easy | arc-challenge | gsm8k | smoltalk@10000 | spelling@300 | spellingbee@300 | identity"
+)
 VAL_MIXTURE = "smoltalk@2000"
 CHAT_TASKS = "arc-easy | mmlu | gsm8k"
 

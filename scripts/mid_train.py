@@ -18,8 +18,8 @@ from nanochat import flags
 from nanochat.finetune import ConversationFlags, finetune
 
 # 460K conversations; 100K questions whose answer is a letter; 7K problems with calculator calls;
-# words to spell and letters to count.
-MIXTURE = "smoltalk | mmlu-aux | gsm8k | spelling@200000 | spellingbee@80000"
+# words to spell and letters to count; who the model is (docs/identity.md), twice.
+MIXTURE = "smoltalk | mmlu-aux | gsm8k | spelling@200000 | spellingbee@80000 | identity*2"
 VAL_MIXTURE = "smoltalk@5000 | mmlu@5000 | gsm8k@400"
 CHAT_TASKS = "mmlu | gsm8k"
 

@@ -265,7 +265,7 @@ def test_text_is_opened_with_its_encoding() -> None:
 # ---- documents
 
 
-MODULE = re.compile(r"(?:scripts|nanochat)\.\w+")
+MODULE = re.compile(r"(?:scripts|nanochat)(?:\.\w+)+")
 
 
 def commands_in_shell(text: str) -> Iterator[list[str]]:

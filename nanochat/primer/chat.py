@@ -10,13 +10,14 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from nanochat.primer.persona import GREETINGS, SORRY, TRAITS, outside_question
+from nanochat.primer.persona import SORRY, TRAITS, outside_question
 from nanochat.primer.relation import Relation, forms
 from nanochat.primer.relations import FACTS, RELATIONS, about, question
 from nanochat.primer.split import held_out_chat
 from nanochat.primer.stories import story
 from nanochat.primer.sums import arithmetic, arithmetic_parts
 from nanochat.primer.world import ANIMALS, COUNTRIES, DAYS, JOBS, MONTHS, capitalised
+from nanochat.tasks.identity_words import GREETINGS
 
 Content = str | list[dict[str, str]]
 # What was asked, what is replied, what must appear in the reply

@@ -269,6 +269,7 @@ REGISTRY: dict[str, Entry] = {
     "humaneval": Entry("humaneval", ("test",)),
     "spelling": Entry("spellingbee", ("train", "test"), {"simple": True}),
     "spellingbee": Entry("spellingbee", ("train", "test")),
+    "identity": Entry("identity", ("train", "test")),
 }
 
 
