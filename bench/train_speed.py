@@ -2,7 +2,7 @@
 How fast training is, where its time goes, and beside karpathy/nanochat.
 
     python -m bench.train_speed                                    # what this machine has
-    python -m bench.train_speed --peer=/path/to/karpathy/nanochat  # on a CPU: and the peer beside it
+    python -m bench.train_speed --peer=/path/to/karpathy/nanochat  # on a CPU: the peer beside it
     python -m bench.train_speed --sizes=gpt-d12 --profile          # a table of operations, too
 
 On a CPU: gpt and turbo at d4, rows of 512, 8,192 tokens in the vocabulary, plain and compiled, and
@@ -41,6 +41,7 @@ from nanochat.common import UserError, print0, write_json
 from nanochat.distributed import pick_device_type
 from nanochat.machine import machine_info, versions
 from nanochat.models import ARCHITECTURES, SIZES, GPTConfig
+from nanochat.schedule import grad_accum_steps
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "bench" / "results"
@@ -103,7 +104,7 @@ def parse_size(size: str) -> tuple[str, int]:
 
 
 def cpu_cases(sizes: Sequence[str], windows: Sequence[str]) -> list[Case]:
-    """What is measured side by side on a CPU. `windows`: of the peer, at each depth; may be none."""
+    """What is measured side by side on a CPU. `windows`: of the peer, at each depth, or none."""
     found = []
     for i, size in enumerate(sizes):
         arch, depth = parse_size(size)
@@ -128,7 +129,7 @@ class Worker:
     """A process that waits for questions, and answers each by a line."""
 
     def __init__(self, command: list[str], base_dir: Path) -> None:
-        self.log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")
+        self.log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 (see close)
         self.process = subprocess.Popen(
             command, cwd=REPO, env={**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
@@ -177,6 +178,7 @@ def command_of(case: Case, args: Args, tokens: int, rows: int, folder: Path) -> 
     if case.arch in SIZES:
         spec["vocab_size"] = SIZES[case.arch].vocab_size
     if not case.window:
+        grad_accum_steps(tokens, rows, args.seq_len, 1)  # refuses what does not divide
         return [sys.executable, "-m", "bench.train_speed_worker", json.dumps(spec)]
     ids = folder / "ids.npy"
     if not ids.exists():
@@ -206,7 +208,8 @@ def peer_checkout(args: Args) -> Path:
 def side_by_side(cases: list[Case], args: Args, tokens: int, parts: bool) -> list[dict[str, Any]]:
     """A row of the table for each case: all made ready, then asked in turn, round by round."""
     with tempfile.TemporaryDirectory() as folder:
-        workers, results = [], []
+        workers: list[Worker] = []
+        results = []
         rows = min(args.device_batch_size or 8, tokens // args.seq_len)
         for case in cases:
             command = command_of(case, args, tokens, rows, Path(folder))

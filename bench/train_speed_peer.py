@@ -1,13 +1,14 @@
 """karpathy/nanochat's training step, when it is told to: the other worker of bench/train_speed.py.
 
-Runs in a checkout of that project, whose package has the name of ours: so this file imports nothing
-of ours. Model, optimizer and step are that checkout's own, put together as its scripts/base_train.py
+Imports a checkout of that project, whose package has the name of ours: so this file imports nothing
+of ours. Model, optimizer and step are that checkout's own, put together as its own base_train.py
 does: compiled model, passes, fused optimizer. Same argument, questions and answers as
 bench/train_speed_worker.py, but for parts and profile.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import sys
@@ -22,9 +23,8 @@ class PeerRun:
 
     def __init__(self, spec: dict) -> None:
         sys.path.insert(0, spec["peer"])
-        from nanochat import gpt
-
-        if not gpt.__file__.startswith(spec["peer"]):
+        gpt = importlib.import_module("nanochat.gpt")
+        if not str(gpt.__file__).startswith(spec["peer"]):
             raise SystemExit(f"--peer={spec['peer']} has no nanochat/gpt.py")
         torch.manual_seed(1)
         config = gpt.GPTConfig(

@@ -90,14 +90,19 @@ class Run:
         reader = RowReader(MadeUp(config.vocab_size), length + 1, 1, BOS)
         rows = args.total_batch_size // length
         self.loader = StepLoader(reader, rows, args.device_batch_size, 0, 1, info.device)
-        meta = {"tokenizer": None, "tokenizer_fingerprint": "", "data": {}, "started_from": None}
+        meta: dict[str, Any] = {
+            "tokenizer": None,
+            "tokenizer_fingerprint": "",
+            "data": {},
+            "started_from": None,
+        }
         self.trainer = Trainer(
             "base", "speed", args, info, self.model, optimizer, self.num_steps, meta, self.loader
         )
         step = self.trainer.train_step
         self.whole = (step.forward, optimizer.step)
         self.trunk: Any = None
-        self.steps = self.trainer.steps()
+        self.steps: Any = self.trainer.steps()
 
     def facts(self) -> dict[str, Any]:
         """What the table says of the run beside its time."""
