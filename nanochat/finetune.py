@@ -163,7 +163,7 @@ def _settle(
     return settled
 
 
-def _num_steps(args: ConversationFlags, num_rows: int) -> int:
+def num_steps_of(args: ConversationFlags, num_rows: int) -> int:
     """Optimizer steps: as typed, or so many epochs of so many rows."""
     if args.num_iterations > 0:
         return args.num_iterations
@@ -200,7 +200,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     if val_mixture is not None:
         val_source = ConversationSource(val_mixture, tokenizer, seq_len + 1)
         val_reader = RowReader(val_source, seq_len + 1, 0, bos)
-    num_steps, rows_per_step = _num_steps(args, num_rows), args.total_batch_size // seq_len
+    num_steps, rows_per_step = num_steps_of(args, num_rows), args.total_batch_size // seq_len
     rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
     optimizer = continued_optimizer(
         lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device

@@ -331,7 +331,7 @@ def fitted(
     finetune.fit_batch(args, names, num_rows, world)
     assert args.weight_decay == 0.28
     rows = args.total_batch_size // args.max_seq_len
-    return rows, args.matrix_lr / 0.02, finetune._num_steps(args, num_rows)
+    return rows, args.matrix_lr / 0.02, finetune.num_steps_of(args, num_rows)
 
 
 def test_a_step_is_small_enough_for_a_hundred(capsys: pytest.CaptureFixture[str]) -> None:
