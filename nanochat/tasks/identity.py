@@ -75,7 +75,8 @@ class Description:
 
     def values(self) -> dict[str, str]:
         """What the templates of replies are filled in with."""
-        made = f"{self.maker} made me" if self.maker else "I was trained with nanochat"
+        itself = "the program of that name" if self.name.lower() == "nanochat" else "nanochat"
+        made = f"{self.maker} made me" if self.maker else f"I was trained with {itself}"
         return {
             "name": self.name, "kind": self.kind, "made": made, "Made": _capital(made),
             "can": listed(self.can), "cannot": listed(self.cannot, "or"),

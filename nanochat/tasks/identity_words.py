@@ -280,9 +280,9 @@ REPLIES: dict[str, tuple[str, ...]] = {
 FOLLOW_UPS: dict[str, tuple[str, ...]] = {
     "name": ("And what is your name?", "And who are you?", "What was your name again?"),
     "kind": ("And what are you?", "So are you a human?"),
-    "maker": ("And who made you?", "And where do you come from?", "Interesting. By whom?"),
+    "maker": ("And who made you?", "And where do you come from?", "Who made you, by the way?"),
     "can": ("And what can you do?", "How can you help me, then?"),
-    "size": ("And are you always right?", "Can I rely on that?"),
+    "size": ("And are you always right?", "Can I rely on you?"),
     "about": ("Tell me more about yourself.", "And what are you like?"),
     "cannot": ("And what can you not do?", "Is there something that you cannot do?"),
     "other": (),
@@ -296,7 +296,7 @@ WRONG_NAMES = (
 )
 OTHERS = (
     "ChatGPT", "GPT-4", "Claude", "Gemini", "Siri", "Alexa", "Llama", "Qwen", "Mistral", "Copilot",
-    "a search engine", "a human",
+    "Bard", "Cortana",
 )  # fmt: skip
 PERSON_NAMES = (
     "Anna", "Tom", "Mia", "Lukas", "Sofia", "Omar", "Yuki", "Elena", "Noah", "Priya", "Sam", "Lea",
