@@ -100,8 +100,18 @@ STAGES = (
         SAVE_PLACES | {"evaluation": "nanochat.finetune:evaluate_loss"},
     ),
     Stage(
-        "sft", "chat_sft", (*CONVERSATIONS, "--init_lr_frac=0.5"),
-        SAVE_PLACES | {"evaluation": "nanochat.finetune:evaluate_loss"},
+        "sft",
+        "chat_sft",
+        (
+            *CONVERSATIONS, "--init_lr_frac=0.5", "--sample_every=2", "--chat_eval_every=2",
+            "--chat_eval_tasks=primer-choice", "--chat_eval_problems=2",
+            "--chat_eval_max_new_tokens=4",
+        ),
+        SAVE_PLACES
+        | {
+            "evaluation": "nanochat.finetune:evaluate_loss",
+            "answers": "nanochat.finetune:run_chat_eval",
+        },
     ),
     Stage(
         "rl",

@@ -225,7 +225,8 @@ class InheritedFlags(FinetuneFlags):
     max_seq_len: int = -1
     """Tokens in a row; -1: as the model was trained."""
     total_batch_size: int = -1
-    """Tokens in one optimizer step, over all ranks; -1: as the model was trained."""
+    """Tokens in one optimizer step, over all ranks; -1: as the model was trained, or fewer where
+    that is not a hundred steps (rates that are not typed follow by the root)."""
     embedding_lr: float = -1.0
     """AdamW learning rate of the token embedding, for a width of 768; -1: as it was at its peak."""
     unembedding_lr: float = -1.0

@@ -7,7 +7,7 @@ Midtraining: the base model meets conversations, multiple choice and tools.
 
 Starts from the newest base model (or --source_tag), sees the mixture once, and saves to
 mid_checkpoints/<tag>/. Row length, batch, rates and optimizer state are those of the base model
-unless given.
+unless given; where that is fewer than 100 steps, the batch is smaller and so are the rates.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ FATES: dict[str, list[tuple[str, int, str, int, list[int] | None]]] = {
         ("evaluation", 0, "before", INT, [0]),
         ("step", 1, "after", KILL, [0]),
         ("resuming", 0, "after", KILL, [0]),
-        ("log", 3, "after", TERM, [0, 2]),
+        ("log", 4, "after", TERM, [0, 2]),
+        ("answers", 0, "before", TERM, [0, 2]),  # to tasks, due at step 2: broken off
+        ("answers", 0, "after", KILL, [0, 2]),
     ],
     "rl": [
         ("rollouts", 0, "during", KILL, []),
