@@ -48,6 +48,8 @@ class Args:
     """Architectures, separated by commas."""
     seeds: int = 3
     """Runs of each."""
+    tokens: int = TOKENS
+    """Tokens of each run."""
     flags: str = ""
     """More flags for base_train, in one string."""
     out: Path = RESULT
@@ -81,12 +83,12 @@ def main(args: Args) -> None:
 
 def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> dict[str, Any]:
     """One run: validation bits per byte by tokens, minutes in steps, tokens a second."""
-    tag = f"{arch}-d{depth}-s{seed}"
+    tag = f"{arch}-d{depth}-{args.tokens}-s{seed}"
     log = args.base_dir / "base_checkpoints" / tag / "log.jsonl"
     command = [
         f"--arch={arch}", f"--depth={depth}", f"--model_tag={tag}", f"--seed={seed}", "--resume",
         f"--data={args.data.resolve()}", "--max_seq_len=512", "--core_metric_every=-1",
-        f"--target_tokens={TOKENS}", f"--eval_tokens={EVAL_TOKENS}", *args.flags.split(),
+        f"--target_tokens={args.tokens}", f"--eval_tokens={EVAL_TOKENS}", *args.flags.split(),
     ]  # fmt: skip
     if not log.exists() or not any(row["event"] == "end" for row in read_jsonl(log)):
         run(env, "scripts.base_train", *command)
