@@ -319,7 +319,8 @@ DENIED_EVENTS = (
     "os.lchown", "os.setxattr", "os.startfile", "pty.", "ctypes.", "signal.pthread_kill",
     "resource.", "syslog.", "webbrowser.", "urllib.", "ftplib.", "http.client.", "smtplib.",
     "winreg.", "_winapi.", "msvcrt.", "mmap.", "gc.get_", "code.__new__", "sys._current_",
-    "cpython.run_", "sys.settrace", "sys.setprofile", "sys.monitoring", "sqlite3.enable_load", "fcntl.",
+    "cpython.run_", "sys.settrace", "sys.setprofile", "sys.monitoring", "sqlite3.enable_load",
+    "fcntl.",
 )  # fmt: skip
 READ_EVENTS = (
     "os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.listxattr", "os.getxattr", "glob.glob",

@@ -6,7 +6,9 @@ Evaluates a base model: the CORE benchmark, bits per byte on training and valida
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
 
 CORE reads $NANOCHAT_BASE_DIR/eval_bundle, which is downloaded if it is not there. One row is
-appended to report/base_eval.jsonl.
+appended to report/base_eval.jsonl; every CORE question with its prediction is in report/base_eval/.
+"control" is what the same predictions score on other questions, "majority" what the commonest
+answer scores: what is not above them is habit, not knowledge.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from nanochat.precision import autocast
 from nanochat.text_source import TextSource
 
 KINDS = ("core", "bpb", "sample")
+CORE_KEYS = ("results", "centered", "n", "stderr", "chance", "control", "majority")
 PROMPTS = (
     "The capital of France is",
     "The chemical symbol of gold is",
@@ -77,6 +80,7 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
     files = split_files(args.data, args.val_data) if "bpb" in wanted else None
     model, tokenizer, meta = load_model(args.source, info.device, args.model_tag, args.step)
     print0(f"evaluating {args.source} {meta['tag']}, step {meta['step']}")
+    run_name = f"{args.source}_{meta['tag']}_{meta['step']}"
     row: dict[str, Any] = {
         "source": args.source, "model_tag": meta["tag"], "step": meta["step"],
     }  # fmt: skip
@@ -107,14 +111,18 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
             print0(f"{split} bits per byte: {row[f'{split}_bpb']:.4f}")
 
     if bundle is not None:
+        items_dir = get_base_dir() / "report" / "base_eval" / run_name
         with autocast(info.device, args.dtype):
-            core = evaluate_core(model, tokenizer, bundle, args.max_per_task)
+            core = evaluate_core(model, tokenizer, bundle, args.max_per_task, items_dir=items_dir)
         row["core_metric"], row["core_stderr"] = core["core_metric"], core["core_stderr"]
         row["core_tasks"] = {
-            label: {key: core[key][label] for key in ("results", "centered", "n", "stderr")}
-            for label in core["results"]
+            label: {key: core[key][label] for key in CORE_KEYS} for label in core["results"]
         }
-        print0(f"CORE {core['core_metric']:.4f} +- {core['core_stderr']:.4f}")
+        row["items"] = str(items_dir)
+        print0(
+            f"CORE {core['core_metric']:.4f} +- {core['core_stderr']:.4f}; every question with its "
+            f"prediction: {items_dir}"
+        )
 
     if is_rank0():
         append_jsonl(get_base_dir() / "report" / "base_eval.jsonl", row)
