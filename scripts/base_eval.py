@@ -3,6 +3,7 @@ Evaluates a base model: the CORE benchmark, bits per byte on training and valida
 
     python -m scripts.base_eval
     python -m scripts.base_eval --model_tag=d20 --eval=core --max_per_task=500
+    python -m scripts.base_eval --hf=openai-community/gpt2 --eval=core  # a folder does, too
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
 
 CORE reads $NANOCHAT_BASE_DIR/eval_bundle, which is downloaded if it is not there. One row is
@@ -18,13 +19,14 @@ from typing import Annotated, Any
 
 from nanochat import distributed, flags
 from nanochat.checkpoint import load_model
-from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0
+from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0, warn0
 from nanochat.dataloader import RowReader, eval_batches
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
+from nanochat.evals.hf_folder import TransformersModel, load_hf
 from nanochat.precision import autocast
 from nanochat.text_source import TextSource
 
@@ -50,6 +52,9 @@ class Args(flags.CacheFlags, flags.PrecisionFlags):
     """Tag of the model; default: the newest."""
     step: Annotated[int | None, flags.alias("-s")] = None
     """Step of the checkpoint; default: the last."""
+    hf: str | None = None
+    """Evaluate this Hugging Face folder or model of the hub instead. Not an architecture of ours:
+    run by transformers, if installed, without samples."""
     eval: str = ",".join(KINDS)
     """What to measure, joined by commas: core, bpb, sample."""
     max_per_task: int = -1
@@ -78,11 +83,18 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
     # What may be missing is looked for first: loading a model takes a while
     bundle = ensure_bundle(get_base_dir() / "eval_bundle") if "core" in wanted else None
     files = split_files(args.data, args.val_data) if "bpb" in wanted else None
-    model, tokenizer, meta = load_model(args.source, info.device, args.model_tag, args.step)
-    print0(f"evaluating {args.source} {meta['tag']}, step {meta['step']}")
-    run_name = f"{args.source}_{meta['tag']}_{meta['step']}"
+    stage = args.source if args.hf is None else "hf"
+    if args.hf is not None:
+        model, tokenizer, meta = load_hf(args.hf, info.device)
+    else:
+        model, tokenizer, meta = load_model(args.source, info.device, args.model_tag, args.step)
+    print0(f"evaluating {stage} {meta['tag']}, step {meta['step']}")
+    if isinstance(model, TransformersModel) and "sample" in wanted:
+        warn0("no samples: this model runs in transformers, and our engine knows only our own")
+        wanted.remove("sample")
+    run_name = f"{stage}_{meta['tag']}_{meta['step']}"
     row: dict[str, Any] = {
-        "source": args.source, "model_tag": meta["tag"], "step": meta["step"],
+        "source": stage, "model_tag": meta["tag"], "step": meta["step"],
     }  # fmt: skip
 
     if "sample" in wanted and info.rank == 0:

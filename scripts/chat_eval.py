@@ -3,6 +3,7 @@ Evaluates a chat model on tasks: multiple choice, word problems, programs, spell
 
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i rl -a "gsm8k|primer-arithmetic" -x 200
+    python -m scripts.chat_eval --hf=Qwen/Qwen2.5-0.5B-Instruct -a "GSM8K|MMLU"  # or a folder
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
 
 Task names are those of nanochat/tasks, or folders and files of own rows; always their test split.
@@ -25,6 +26,7 @@ from nanochat.checkpoint import load_model
 from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0, warn0
 from nanochat.engine import Engine
 from nanochat.evals.chat import EvalResult, run_chat_eval
+from nanochat.evals.hf_folder import TransformersModel, load_hf
 from nanochat.execution import allow_weak_sandbox
 from nanochat.precision import autocast
 from nanochat.tasks.common import get_task
@@ -43,6 +45,8 @@ class Args(flags.PrecisionFlags):
     """Tag of the model; default: the newest."""
     step: Annotated[int | None, flags.alias("-s")] = None
     """Step of the checkpoint; default: the last."""
+    hf: str | None = None
+    """Evaluate this Hugging Face folder or model of the hub (of our architectures) instead."""
     task_name: Annotated[str, flags.alias("-a")] = "|".join(CHATCORE)
     """Tasks, joined by |; names of tasks, or folders and files of own rows."""
     temperature: Annotated[float, flags.alias("-t")] = 0.0
@@ -81,16 +85,22 @@ def evaluate(args: Args, info: distributed.DistInfo) -> list[EvalResult]:
     if not names:
         raise UserError(f"--task_name={args.task_name!r} names no task")
     tasks = [get_task(name, "test") for name in names]
-    model, tokenizer, meta = load_model(args.source, info.device, args.model_tag, args.step)
+    source = args.source if args.hf is None else "hf"
+    if args.hf is not None:
+        model, tokenizer, meta = load_hf(args.hf, info.device)
+        if isinstance(model, TransformersModel):
+            raise UserError(f"--hf={args.hf}: only models of our architectures can be talked to")
+    else:
+        model, tokenizer, meta = load_model(args.source, info.device, args.model_tag, args.step)
     engine = Engine(model, tokenizer)
     tag, step = meta["tag"], meta["step"]
-    print0(f"evaluating {args.source} {tag}, step {step}")
+    print0(f"evaluating {source} {tag}, step {step}")
 
     report = get_base_dir() / "report"
-    about = {"source": args.source, "model_tag": tag, "step": step}
+    about = {"source": source, "model_tag": tag, "step": step}
     results = []
     for name, task in zip(names, tasks):
-        stem = re.sub(r"[^\w.-]+", "_", f"{args.source}_{tag}_{step}_{task.name}")
+        stem = re.sub(r"[^\w.-]+", "_", f"{source}_{tag}_{step}_{task.name}")
         items_path = report / "chat_eval" / f"{stem}.jsonl"
         with autocast(info.device, args.dtype):
             result = run_chat_eval(
@@ -120,7 +130,7 @@ def evaluate(args: Args, info: distributed.DistInfo) -> list[EvalResult]:
             report / "chat_eval.jsonl", {**about, "task": "ChatCORE", "accuracy": chatcore}
         )
     if is_rank0():
-        Console().print(results_table(results, f"{args.source} {tag}, step {step}"))
+        Console().print(results_table(results, f"{source} {tag}, step {step}"))
     if chatcore is not None:
         print0(f"ChatCORE {chatcore:.4f}")
     return results
