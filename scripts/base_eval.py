@@ -126,19 +126,28 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
         items_dir = get_base_dir() / "report" / "base_eval" / run_name
         with autocast(info.device, args.dtype):
             core = evaluate_core(model, tokenizer, bundle, args.max_per_task, items_dir=items_dir)
-        row["core_metric"], row["core_stderr"] = core["core_metric"], core["core_stderr"]
-        row["core_tasks"] = {
-            label: {key: core[key][label] for key in CORE_KEYS} for label in core["results"]
-        }
-        row["items"] = str(items_dir)
-        print0(
-            f"CORE {core['core_metric']:.4f} +- {core['core_stderr']:.4f}; every question with its "
-            f"prediction: {items_dir}"
-        )
+        row.update(core_row(core), items=str(items_dir))
+        print0(f"every question with its prediction: {items_dir}")
 
     if is_rank0():
         append_jsonl(get_base_dir() / "report" / "base_eval.jsonl", row)
     return row
+
+
+def core_row(core: dict[str, Any]) -> dict[str, Any]:
+    """evaluate_core's outcome as the row keeps it; says what it comes to."""
+    tasks = {label: {key: core[key][label] for key in CORE_KEYS} for label in core["results"]}
+    above = sum(
+        t["results"] - 2 * t["stderr"] > max(t["chance"], t["control"], t["majority"])
+        for t in tasks.values()
+    )
+    print0(
+        f"CORE {core['core_metric']:.4f} +- {core['core_stderr']:.4f}; {above} of {len(tasks)} "
+        "tasks are two standard errors above chance, control and majority"
+    )
+    return {
+        "core_metric": core["core_metric"], "core_stderr": core["core_stderr"], "core_tasks": tasks,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

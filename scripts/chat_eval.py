@@ -14,6 +14,7 @@ what the same replies score on other questions: what is not above it is habit, n
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated
@@ -127,12 +128,13 @@ def evaluate(args: Args, info: distributed.DistInfo) -> list[EvalResult]:
     chatcore = chatcore_metric(results)
     if chatcore is not None and is_rank0():
         append_jsonl(
-            report / "chat_eval.jsonl", {**about, "task": "ChatCORE", "accuracy": chatcore}
+            report / "chat_eval.jsonl",
+            {**about, "task": "ChatCORE", "accuracy": chatcore, "stderr": chatcore_stderr(results)},
         )
     if is_rank0():
         Console().print(results_table(results, f"{source} {tag}, step {step}"))
     if chatcore is not None:
-        print0(f"ChatCORE {chatcore:.4f}")
+        print0(f"ChatCORE {chatcore:.4f} +- {chatcore_stderr(results):.4f}")
     return results
 
 
@@ -142,6 +144,12 @@ def chatcore_metric(results: list[EvalResult]) -> float | None:
     if not set(CHATCORE) <= set(centered):
         return None
     return sum(centered[name] for name in CHATCORE) / len(CHATCORE)
+
+
+def chatcore_stderr(results: list[EvalResult]) -> float:
+    """Standard error of that mean; the tasks are independent of each other."""
+    squares = [(r.stderr / (1 - r.chance)) ** 2 for r in results if r.name.lower() in CHATCORE]
+    return math.sqrt(sum(squares)) / len(CHATCORE)
 
 
 def results_table(results: list[EvalResult], title: str) -> Table:
