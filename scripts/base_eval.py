@@ -126,7 +126,7 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
         items_dir = get_base_dir() / "report" / "base_eval" / run_name
         with autocast(info.device, args.dtype):
             core = evaluate_core(model, tokenizer, bundle, args.max_per_task, items_dir=items_dir)
-        row.update(core_row(core), items=str(items_dir))
+        row.update(core_row(core), items=str(items_dir.relative_to(get_base_dir())))
         print0(f"every question with its prediction: {items_dir}")
 
     if is_rank0():

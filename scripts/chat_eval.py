@@ -121,7 +121,8 @@ def evaluate(args: Args, info: distributed.DistInfo) -> list[EvalResult]:
             row = {
                 **about, "task": task.name, "accuracy": result.accuracy, "n": result.n,
                 "stderr": result.stderr, "chance": result.chance, "control": result.control,
-                "ended": result.ended_share, "seed": args.seed, "items": str(items_path),
+                "ended": result.ended_share, "seed": args.seed,
+                "items": str(items_path.relative_to(get_base_dir())),
                 "num_samples": args.num_samples, "temperature": args.temperature,
             }  # fmt: skip
             append_jsonl(report / "chat_eval.jsonl", row)

@@ -58,7 +58,7 @@ def test_rows_items_and_table(base: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "accuracy %" in said
     assert "33.3" in said
     assert "control %" in said
-    assert pick["items"] == str(items) and str(items) in said.replace("\n", "")
+    assert base / pick["items"] == items and str(items) in said.replace("\n", "")
     first = next(read_jsonl(items))[1]
     assert {"prompt", "reply", "gold", "correct"} <= set(first)
     assert 0 <= pick["control"] <= 1 and 0 <= talk["control"] <= 1
