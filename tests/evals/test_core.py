@@ -345,6 +345,31 @@ def test_what_was_asked_and_predicted_is_kept(tmp_path: Path) -> None:
     assert all("+-" in line and "control" in line and "chance" in line for line in said)
 
 
+def test_two_ranks_keep_what_one_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 writes all rows; here rank 1 goes first, and its rows are what rank 0 gathers."""
+    bundle = write_bundle(tmp_path / "bundle")
+    model = tiny_model(400)
+    quiet: Any = {"say": lambda line: None}
+    alone = evaluate_core(model, tiny_tokenizer(), bundle, items_dir=tmp_path / "one", **quiet)
+    others: list[list[Item]] = []
+
+    def gather(rows: list[Item], device: Any) -> list[Item]:
+        if core.rank_and_world()[0] == 1:
+            others.append(rows)
+            return rows
+        return [*rows, *others.pop(0)]
+
+    monkeypatch.setattr(core, "gather_rows", gather)
+    for rank in (1, 0):
+        monkeypatch.setattr(core, "rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(core, "is_rank0", lambda rank=rank: rank == 0)
+        two = evaluate_core(model, tiny_tokenizer(), bundle, items_dir=tmp_path / "two", **quiet)
+    assert (two["control"], two["majority"]) == (alone["control"], alone["majority"])
+    for kind in ROWS:
+        one, both = (tmp_path / name / f"my_{kind}.jsonl" for name in ("one", "two"))
+        assert one.read_text(encoding="utf-8") == both.read_text(encoding="utf-8")
+
+
 def test_habits_score_no_better_than_their_control() -> None:
     keys = [0, 0, 1, 2]
     assert shuffled_accuracy([0, 0, 0, 0], keys) == 0.5  # always the same: the score it gets
