@@ -47,7 +47,6 @@ from nanochat.common import UserError, get_base_dir, print0, read_json, write_js
 from nanochat.evals.core import (
     CoreTask,
     Item,
-    crop,
     evaluated_rows,
     fewshot_indices,
     find_spans,
@@ -56,8 +55,8 @@ from nanochat.evals.core import (
     read_bundle,
     read_items,
     render_prompts,
-    score_sequences,
 )
+from nanochat.evals.scoring import crop, score_sequences
 
 OUT = RESULTS / "lm_eval.json"
 REPO = Path(__file__).resolve().parent.parent

@@ -7,14 +7,15 @@ in a string. It walks a syntax tree and knows a dozen node types; nothing is eve
 `run_python` runs model-written programs (HumanEval) in a fresh process with no environment, no
 network, no files but its own temporary folder, and bounds on time, memory and output. The walls are
 put up inside the child by execution_child.py; which of them this machine allows is in
-`ExecutionResult.isolation`.
+`ExecutionResult.isolation`. Where the kernel's are not to be had (macOS, some containers),
+`run_python` refuses, unless `allow_weak_sandbox()` was called.
 
     >>> calculate("1,200 * 3 / 4"), calculate('"strawberry".count("r")'), calculate("import os")
     ('900', '3', None)
     >>> run_python("print(6 * 7)").stdout
     '42\\n'
 
-Floor 0: imports nothing of nanochat.
+Floor 0.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import math
 import operator
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -33,6 +35,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+
+from nanochat.common import UserError
 
 # -----------------------------------------------------------------------------
 # The calculator
@@ -133,6 +137,16 @@ def _show(value: Number) -> str:
 MAX_OUTPUT = 64 * 1024  # characters kept of stdout and of stderr
 FILE_MB = 1  # the most one file, and so each of the two outputs, may grow to
 _CHILD = Path(__file__).with_name("execution_child.py")
+_REFUSED = " refused"  # what the child adds to its secret word where walls are missing
+_weak_allowed = False
+
+
+def allow_weak_sandbox(allowed: bool = True) -> None:
+    """From now on programs run even where the kernel cannot wall them in (--weak_sandbox).
+
+    CPython's own hooks then keep accidents out, but not a program that means harm."""
+    global _weak_allowed  # noqa: PLW0603  # a decision of the process, as deep as tasks' rewards
+    _weak_allowed = allowed
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,9 @@ class ExecutionResult:
     timed_out: bool = False
     memory_exceeded: bool = False
     isolation: tuple[str, ...] = ()
-    """The walls that stood: of "limits", "namespaces", "landlock", "seccomp", "audit"."""
+    """The walls that stood: of "limits", "namespaces", "mounts", "landlock", "seccomp", "audit"."""
+    finished: bool = False
+    """Whether it ran to its very end: no exit of any kind, and not only a claim of the program."""
 
 
 def run_python(
@@ -155,34 +171,48 @@ def run_python(
 
     timeout: wall-clock seconds. memory_mb: MiB of address space, about 20 of which are Python's.
     The program sees the standard library, an empty environment, and its temporary folder, which is
-    removed afterwards. Never raises for what the program does."""
+    removed afterwards. Never raises for what the program does; UserError, before it does anything,
+    where isolation cannot be had and has not been waived by allow_weak_sandbox()."""
     with tempfile.TemporaryDirectory(prefix="nanochat-run-", ignore_cleanup_errors=True) as root:
         outside, inside = Path(root, "io"), Path(root, "work")
         outside.mkdir()
         inside.mkdir()
-        files = {name: outside / name for name in ("code", "stdin", "stdout", "stderr")}
+        files = {name: outside / name for name in ("code", "stdin", "stdout", "stderr", "end")}
         # surrogatepass: a model may write any string, and the program may then fail on it
         files["code"].write_bytes(code.encode("utf-8", "surrogatepass"))
         files["stdin"].write_bytes((input or "").encode("utf-8", "surrogatepass"))
+        end = secrets.token_bytes(16)  # what the child writes back when the program has ended
+        files["end"].write_bytes(end)
         limits: dict[str, int | str] = {
             "cpu_s": math.ceil(timeout) + 1,  # a second wall, in case the clock's is climbed
             "memory": memory_mb << 20,
             "file": FILE_MB << 20,
             "code": str(files["code"]),
+            "end": str(files["end"]),
+            "refused": "" if _weak_allowed else _REFUSED,
         }
         timed_out, returncode = _run_child(limits, inside, files, timeout)
         stdout, stderr = (_read_output(files[name]) for name in ("stdout", "stderr"))
+        told = _head(files["end"], 64)
     # The child's first line on stderr is its own: which walls it could put up
     walls, newline, rest = stderr.partition("\n")
     if newline and walls.startswith("isolation:"):
         isolation, stderr = tuple(walls.removeprefix("isolation:").split()), rest
     else:
         isolation = ()
+    if told == end + _REFUSED.encode():
+        raise UserError(
+            "model-written code is not run: this machine offers no isolation that the kernel "
+            f"enforces, only {', '.join(isolation) or 'none'}. Use Linux 5.13 or newer (in a "
+            "container: one that permits landlock and seccomp), leave out the tasks that run "
+            "programs (humaneval), or say --weak_sandbox if you trust the model"
+        )
     # The interpreter says MemoryError where it can, and dies in malloc where it cannot
     last_line = stderr.rstrip().rpartition("\n")[2]
     memory_exceeded = returncode != 0 and last_line.startswith("MemoryError")
     success = returncode == 0 and not timed_out and bool(isolation)
-    return ExecutionResult(success, stdout, stderr, timed_out, memory_exceeded, isolation)
+    finished = success and told == end
+    return ExecutionResult(success, stdout, stderr, timed_out, memory_exceeded, isolation, finished)
 
 
 def _run_child(
@@ -228,6 +258,10 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 def _read_output(path: Path) -> str:
     """The beginning of what the program wrote, whatever bytes it wrote."""
-    with open(path, "rb") as f:
-        text = f.read(4 * MAX_OUTPUT).decode("utf-8", "replace")
+    text = _head(path, 4 * MAX_OUTPUT).decode("utf-8", "replace")
     return text if len(text) <= MAX_OUTPUT else text[:MAX_OUTPUT] + "\n[output cut here]\n"
+
+
+def _head(path: Path, size: int) -> bytes:
+    with open(path, "rb") as f:
+        return f.read(size)

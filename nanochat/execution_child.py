@@ -6,13 +6,15 @@ Each wall is put up where the machine allows it; what stands is told on the firs
 
     limits       rlimits: CPU seconds, address space, file size, open files, no core dump
     namespaces   Linux: user and network namespace, so there is no network device and no root
+    mounts       with these: a root of its own, the library read-only and a tmpfs of 64 MiB
     landlock     Linux 5.13: the kernel refuses all files but the library and the own folder
     seccomp      Linux, x86-64 and arm64: the kernel refuses sockets, processes, signals to others
     audit        everywhere: CPython's own hooks refuse the same, with a readable message
 
 None needs a privilege. The audit hook alone keeps accidents out but not a determined attacker
-(PEP 578 says so); with landlock and seccomp the kernel is the judge. Standard library only.
-Floor 0.
+(PEP 578 says so; the frames of a refusal lead to it); the other walls are the kernel's. Where those
+of `missing_walls` are not to be had, the program is not run unless LIMITS allows it. Standard
+library only. Floor 0.
 """
 
 from __future__ import annotations
@@ -28,6 +30,18 @@ SYSTEM_READ = (
     "/usr/share/zoneinfo", "/dev/null", "/dev/urandom",
 )  # fmt: skip
 MAX_FILES = 64  # files one program may open for writing, over its life
+DISK = 64 << 20  # bytes all its files may take, where the kernel can be told
+
+
+def missing_walls(standing: list[str]) -> list[str]:
+    """What could get out between the walls that stand; nothing, where the kernel is the judge."""
+    walls = {
+        "files": {"landlock", "mounts"},
+        "network": {"seccomp", "namespaces"},
+        "processes": {"seccomp"},
+        "CPU and memory": {"limits"},
+    }
+    return [what for what, any_of in walls.items() if not any_of & set(standing)]
 
 
 def readable_places() -> list[str]:
@@ -69,12 +83,84 @@ def set_limits(cpu_s: int, memory: int, file: int) -> bool:
 # The kernel's walls, by system call number (libc wraps none of these)
 
 CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
+CLONE_NEWNS = 0x00020000
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 1 << 12, 1 << 14, 1 << 18
+MNT_DETACH, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 2, -100, 0x8000, 1, 2
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+MOUNT_SETATTR = 442  # the same on every architecture
 
 
-def unshare(libc: Any) -> bool:
-    """A user namespace drops root's powers; a network namespace has no device that is up."""
-    return libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
+def unshare(libc: Any, readable: list[str], folder: str) -> list[str]:
+    """A user namespace drops root's powers; a network namespace has no device that is up; with a
+    mount namespace most files do not exist."""
+    uid, gid = os.getuid(), os.getgid()
+    network = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC
+    if libc.unshare(network | CLONE_NEWNS) != 0:
+        return ["namespaces"] if libc.unshare(network) == 0 else []
+    try:
+        for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
+                           ("gid_map", f"{gid} {gid} 1")):  # fmt: skip
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as f:
+                f.write(line)
+        new_root(libc, readable, folder)
+        return ["namespaces", "mounts"]
+    except (OSError, KeyError):
+        return ["namespaces"]
+
+
+def new_root(libc: Any, readable: list[str], folder: str) -> None:
+    """Changes into a root that holds `readable`, which nobody can write to, and an empty `folder`.
+
+    OSError where the kernel says no, at any step; then the old root is still there."""
+    import ctypes
+    import struct
+
+    def must(returned: int) -> None:
+        if returned != 0:
+            raise OSError(ctypes.get_errno(), "no root of its own")
+
+    def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+        must(libc.mount(*(x.encode() for x in (source, target, kind)), flags, options.encode()))
+
+    def read_only(target: str, flags: int) -> None:
+        attributes = struct.pack("=QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
+        place = ctypes.c_char_p(target.encode())
+        must(libc.syscall(MOUNT_SETATTR, AT_FDCWD, place, flags, attributes, ctypes.c_size_t(32)))
+
+    root = os.path.join(os.path.dirname(folder), "root")
+    os.mkdir(root)
+    mount("none", "/", "none", MS_REC | MS_PRIVATE)
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for place in readable:  # sorted, so a folder comes before what is in it
+        target = root + place
+        if os.path.exists(target):
+            continue
+        if os.path.isdir(place):
+            os.makedirs(target)
+        else:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o444))
+        mount(place, target, "none", MS_BIND | MS_REC)
+        read_only(target, AT_RECURSIVE)
+    os.makedirs(root + folder)
+    options = f"size={DISK},nr_inodes=4096,mode=700"
+    mount("tmpfs", root + folder, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    read_only(root, 0)
+    os.chdir(root)
+    try:
+        # pivot_root(2): onto itself, then the old root, which lies on top, is taken off
+        must(libc.syscall(PIVOT_ROOT[os.uname().machine], b".", b"."))
+        must(libc.umount2(b".", MNT_DETACH))
+    finally:
+        os.chdir(folder)
+
+
+def drop_capabilities(libc: Any) -> None:
+    """A new user namespace comes with all powers over itself, such as changing the mounts."""
+    import struct
+
+    libc.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))
 
 
 # landlock(7): access rights of ABI 1, and the later ones by the ABI that brought them
@@ -132,6 +218,8 @@ DENIED: dict[str, tuple[int, dict[str, int]]] = {
         "shmget": 29, "msgget": 68, "semget": 64, "mq_open": 240, "chmod": 90, "fchmod": 91,
         "fchmodat": 268, "fchmodat2": 452, "chown": 92, "fchown": 93, "lchown": 94,
         "fchownat": 260, "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280,
+        "umount2": 166, "pivot_root": 155, "chroot": 161, "mount_setattr": 442, "open_tree": 428,
+        "move_mount": 429, "fsopen": 430, "fspick": 433,
     }),
     "aarch64": (0xC00000B7, {
         "socket": 198, "socketpair": 199, "execve": 221, "execveat": 281,
@@ -143,6 +231,8 @@ DENIED: dict[str, tuple[int, dict[str, int]]] = {
         "setsid": 157, "setpriority": 140, "sched_setaffinity": 122, "memfd_create": 279,
         "shmget": 194, "msgget": 186, "semget": 190, "mq_open": 180, "fchmod": 52,
         "fchmodat": 53, "fchmodat2": 452, "fchown": 55, "fchownat": 54, "utimensat": 88,
+        "umount2": 39, "pivot_root": 41, "chroot": 51, "mount_setattr": 442, "open_tree": 428,
+        "move_mount": 429, "fsopen": 430, "fspick": 433,
     }),
 }  # fmt: skip
 CLONE = {"x86_64": 56, "aarch64": 220}  # a thread is a clone with CLONE_THREAD: allowed
@@ -197,7 +287,7 @@ def seccomp(libc: Any) -> bool:
     return libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0) == 0
 
 
-def kernel_walls(folder: str) -> list[str]:
+def kernel_walls(readable: list[str], folder: str) -> list[str]:
     """Puts up what Linux offers, and returns the names of what stands."""
     if sys.platform != "linux":
         return []
@@ -205,11 +295,12 @@ def kernel_walls(folder: str) -> list[str]:
 
     try:
         libc = ctypes.CDLL(None, use_errno=True)
-        standing = ["namespaces"] if unshare(libc) else []
+        standing = unshare(libc, readable, folder)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user may ptrace or read it
         # Without new privileges, restricting oneself needs none (and setuid programs gain none)
         if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
-            standing += ["landlock"] if landlock(libc, readable_places(), folder) else []
+            standing += ["landlock"] if landlock(libc, readable, folder) else []
+            drop_capabilities(libc)
             standing += ["seccomp"] if seccomp(libc) else []
         return standing
     except (OSError, AttributeError):
@@ -228,7 +319,8 @@ DENIED_EVENTS = (
     "os.lchown", "os.setxattr", "os.startfile", "pty.", "ctypes.", "signal.pthread_kill",
     "resource.", "syslog.", "webbrowser.", "urllib.", "ftplib.", "http.client.", "smtplib.",
     "winreg.", "_winapi.", "msvcrt.", "mmap.", "gc.get_", "code.__new__", "sys._current_",
-    "cpython.run_", "sqlite3.enable_load", "fcntl.",
+    "cpython.run_", "sys.settrace", "sys.setprofile", "sys.monitoring", "sqlite3.enable_load",
+    "fcntl.",
 )  # fmt: skip
 READ_EVENTS = (
     "os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.listxattr", "os.getxattr", "glob.glob",
@@ -248,8 +340,7 @@ DENIED_IMPORTS = (
 def install_audit_hook(readable: list[str], folder: str) -> None:
     """Refuses, from here on and for ever, what the program has no business doing.
 
-    The hook uses only names bound here: a program may replace anything in builtins or os, and finds
-    neither this function's frame (it has returned) nor the hook itself (gc is refused)."""
+    The hook uses only names bound here: a program may replace anything in builtins or os."""
     _type, _str, _bytes, _int, _any = type, str, bytes, int, any
     _error, write_flags = PermissionError, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
     denied, reads, changes, imports = DENIED_EVENTS, READ_EVENTS, WRITE_EVENTS, DENIED_IMPORTS
@@ -300,6 +391,26 @@ def install_audit_hook(readable: list[str], folder: str) -> None:
 # -----------------------------------------------------------------------------
 
 
+END_EVENT = "nanochat.end"
+
+
+def install_end_mark(fd: int, frame: Any) -> None:
+    """Makes sys.audit(END_EVENT), called by `frame` itself, write a secret word into the file `fd`.
+
+    A program that reached its end is thus told from one that left early and claims it: the word has
+    been read from the file and removed there, and is held only by a hook, which has no frame that a
+    program could look into (it never raises), and which gc is not allowed to show."""
+    word = os.read(fd, 64)
+    os.ftruncate(fd, 0)
+    getframe, write, event_name = sys._getframe, os.pwrite, END_EVENT
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == event_name and getframe(1) is frame:
+            write(fd, word, 0)
+
+    sys.addaudithook(hook)
+
+
 def main(limits: dict[str, Any]) -> None:
     """Puts up the walls, then runs the program as __main__."""
     import traceback
@@ -307,17 +418,24 @@ def main(limits: dict[str, Any]) -> None:
     folder = os.getcwd()
     with open(limits["code"], encoding="utf-8", errors="replace") as f:
         source = f.read()
+    end_fd = os.open(limits["end"], os.O_RDWR | os.O_CLOEXEC)
     readable = readable_places()
     # Limits first: seccomp refuses to change them
     limited = set_limits(limits["cpu_s"], limits["memory"], limits["file"])
-    standing = ["limits"] * limited + kernel_walls(folder)
+    standing = ["limits"] * limited + kernel_walls(readable, folder)
+    if missing_walls(standing) and limits["refused"]:
+        os.pwrite(end_fd, os.read(end_fd, 64) + limits["refused"].encode(), 0)
+        print("isolation:", *standing, file=sys.stderr, flush=True)
+        os._exit(1)
+    install_end_mark(end_fd, sys._getframe())
     install_audit_hook(readable, folder)
     standing.append("audit")
     print("isolation:", *standing, file=sys.stderr, flush=True)
-    sys.argv = ["program.py"]
+    sys.argv, sys.orig_argv = ["program.py"], []
     try:
         # The one purpose of this process; the walls above make it safe
         exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})  # noqa: S102
+        sys.audit(END_EVENT)
     except MemoryError:
         print("MemoryError: the program wanted more than its share", file=sys.stderr, flush=True)
         os._exit(1)

@@ -3,10 +3,13 @@ Evaluates a base model: the CORE benchmark, bits per byte on training and valida
 
     python -m scripts.base_eval
     python -m scripts.base_eval --model_tag=d20 --eval=core --max_per_task=500
+    python -m scripts.base_eval --hf=openai-community/gpt2 --eval=core  # a folder does, too
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
 
 CORE reads $NANOCHAT_BASE_DIR/eval_bundle, which is downloaded if it is not there. One row is
-appended to report/base_eval.jsonl.
+appended to report/base_eval.jsonl; every CORE question with its prediction is in report/base_eval/.
+"control" is what the same predictions score on other questions, "majority" what the commonest
+answer scores: what is not above them is habit, not knowledge.
 """
 
 from __future__ import annotations
@@ -16,17 +19,19 @@ from typing import Annotated, Any
 
 from nanochat import distributed, flags
 from nanochat.checkpoint import load_model
-from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0
+from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0, warn0
 from nanochat.dataloader import RowReader, eval_batches
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import ensure_bundle
 from nanochat.evals.core import evaluate_core
+from nanochat.evals.hf_folder import TransformersModel, load_hf
 from nanochat.precision import autocast
 from nanochat.text_source import TextSource
 
 KINDS = ("core", "bpb", "sample")
+CORE_KEYS = ("results", "centered", "n", "stderr", "chance", "control", "majority")
 PROMPTS = (
     "The capital of France is",
     "The chemical symbol of gold is",
@@ -47,6 +52,9 @@ class Args(flags.CacheFlags, flags.PrecisionFlags):
     """Tag of the model; default: the newest."""
     step: Annotated[int | None, flags.alias("-s")] = None
     """Step of the checkpoint; default: the last."""
+    hf: str | None = None
+    """Evaluate this Hugging Face folder or model of the hub instead. Not an architecture of ours:
+    run by transformers, if installed, without samples."""
     eval: str = ",".join(KINDS)
     """What to measure, joined by commas: core, bpb, sample."""
     max_per_task: int = -1
@@ -75,10 +83,18 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
     # What may be missing is looked for first: loading a model takes a while
     bundle = ensure_bundle(get_base_dir() / "eval_bundle") if "core" in wanted else None
     files = split_files(args.data, args.val_data) if "bpb" in wanted else None
-    model, tokenizer, meta = load_model(args.source, info.device, args.model_tag, args.step)
-    print0(f"evaluating {args.source} {meta['tag']}, step {meta['step']}")
+    stage = args.source if args.hf is None else "hf"
+    if args.hf is not None:
+        model, tokenizer, meta = load_hf(args.hf, info.device)
+    else:
+        model, tokenizer, meta = load_model(args.source, info.device, args.model_tag, args.step)
+    print0(f"evaluating {stage} {meta['tag']}, step {meta['step']}")
+    if isinstance(model, TransformersModel) and "sample" in wanted:
+        warn0("no samples: this model runs in transformers, and our engine knows only our own")
+        wanted.remove("sample")
+    run_name = f"{stage}_{meta['tag']}_{meta['step']}"
     row: dict[str, Any] = {
-        "source": args.source, "model_tag": meta["tag"], "step": meta["step"],
+        "source": stage, "model_tag": meta["tag"], "step": meta["step"],
     }  # fmt: skip
 
     if "sample" in wanted and info.rank == 0:
@@ -107,18 +123,31 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
             print0(f"{split} bits per byte: {row[f'{split}_bpb']:.4f}")
 
     if bundle is not None:
+        items_dir = get_base_dir() / "report" / "base_eval" / run_name
         with autocast(info.device, args.dtype):
-            core = evaluate_core(model, tokenizer, bundle, args.max_per_task)
-        row["core_metric"], row["core_stderr"] = core["core_metric"], core["core_stderr"]
-        row["core_tasks"] = {
-            label: {key: core[key][label] for key in ("results", "centered", "n", "stderr")}
-            for label in core["results"]
-        }
-        print0(f"CORE {core['core_metric']:.4f} +- {core['core_stderr']:.4f}")
+            core = evaluate_core(model, tokenizer, bundle, args.max_per_task, items_dir=items_dir)
+        row.update(core_row(core), items=str(items_dir.relative_to(get_base_dir())))
+        print0(f"every question with its prediction: {items_dir}")
 
     if is_rank0():
         append_jsonl(get_base_dir() / "report" / "base_eval.jsonl", row)
     return row
+
+
+def core_row(core: dict[str, Any]) -> dict[str, Any]:
+    """evaluate_core's outcome as the row keeps it; says what it comes to."""
+    tasks = {label: {key: core[key][label] for key in CORE_KEYS} for label in core["results"]}
+    above = sum(
+        t["results"] - 2 * t["stderr"] > max(t["chance"], t["control"], t["majority"])
+        for t in tasks.values()
+    )
+    print0(
+        f"CORE {core['core_metric']:.4f} +- {core['core_stderr']:.4f}; {above} of {len(tasks)} "
+        "tasks are two standard errors above chance, control and majority"
+    )
+    return {
+        "core_metric": core["core_metric"], "core_stderr": core["core_stderr"], "core_tasks": tasks,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ import os, sys
 sys.path.insert(0, {package!r})
 import execution_child as child
 import _posixsubprocess, _socket
-standing = child.kernel_walls(os.getcwd())
+standing = child.kernel_walls(child.readable_places(), os.getcwd())
 def attempt(name, wall, action):
     try:
         action()

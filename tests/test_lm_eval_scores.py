@@ -23,14 +23,13 @@ from nanochat.common import UserError
 from nanochat.evals.core import (
     CoreTask,
     Item,
-    Probe,
     find_spans,
     predict_task,
     read_bundle,
     read_items,
     render_prompts,
-    score_sequences,
 )
+from nanochat.evals.scoring import Probe, score_sequences
 from nanochat.hf_export import export_model
 from tests.evals import test_core
 from tests.models_for_tests import tiny_model

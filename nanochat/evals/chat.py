@@ -13,7 +13,6 @@ what is returned is the same on every rank. Floor 4.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +24,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from nanochat.common import UserError, atomic_write, is_rank0, seed_from
+from nanochat.common import UserError, is_rank0, seed_from
 from nanochat.conversation import Part, reply_text
 from nanochat.distributed import barrier, rank_and_world
+from nanochat.evals.control import shuffled_accuracy
+from nanochat.evals.items import Item, gather_rows, write_jsonl
 from nanochat.tasks.common import Task
-
-Item = dict[str, Any]
 
 
 @dataclass
@@ -44,6 +43,8 @@ class EvalResult:
     chance: float  # accuracy of guessing
     ended_share: float | None  # replies that ended by themselves; None if none were written
     items: list[Item] = field(default_factory=list)  # every problem with its replies
+    control: float | None = None
+    """What the same replies score on other problems, see control.py; None if not asked for."""
 
     @property
     def centered(self) -> float:
@@ -65,13 +66,15 @@ def run_chat_eval(
     max_problems: int | None = None,
     seed: int = 42,
     items_path: Path | None = None,
+    control: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> EvalResult:
     """Evaluates `task`, or a fixed random part of it with at most `max_problems`.
 
     The result depends neither on batch_size nor on the number of ranks. `items_path` gets a jsonl
-    of all problems and replies. When `stopped()` turns true on any rank the result comes soon, and
-    is worthless. Raises UserError for a task that has no right answers."""
+    of all problems and replies. `control` judges every reply by the next problem, too. When
+    `stopped()` turns true on any rank the result comes soon, and is worthless. Raises UserError for
+    a task that has no right answers."""
     problems = pick_problems(len(task), max_problems, seed)
     if not problems:
         raise UserError(f"{task.name} has no problems to evaluate")
@@ -83,6 +86,8 @@ def run_chat_eval(
     with Progress(console=Console(stderr=True), transient=True, disable=rank != 0) as progress:
         bar = progress.add_task(task.name, total=len(mine))
         run = _Run(task, model, tokenizer, batch_size, lambda n: progress.advance(bar, n), stopped)
+        if control and len(problems) > 1:
+            run.other = dict(zip(problems, [*problems[1:], problems[0]]))
         if task.eval_type == "categorical":
             items = run.categorical(mine)
         else:
@@ -122,6 +127,7 @@ class _Run:
     batch_size: int
     done: Any
     stopped: Callable[[], bool]
+    other: dict[int, int] = field(default_factory=dict)  # by problem: the one of its control
 
     def _batches(self, problems: Sequence[tuple[int, Any]], limit: int) -> list[list[Any]]:
         """Batches of (index, conversation, prompt ids), prompts of like length together."""
@@ -154,7 +160,8 @@ class _Run:
                 letters = conversation["letters"]
                 best = int(row[letter_ids(self.tokenizer, letters)].argmax())
                 correct = self.task.evaluate(conversation, letters[best])
-                answer = {"reply": letters[best], "correct": correct}
+                key = [letter for letter in letters if self.task.evaluate(conversation, letter)]
+                answer = {"reply": letters[best], "gold": "".join(key), "correct": correct}
                 items.append({**_item(index, conversation), **answer})
             self.done(len(batch))
             if self.stopped():
@@ -191,7 +198,10 @@ class _Run:
                     for r in rows
                 ]
                 solved = any(reply["correct"] for reply in replies)
-                items.append({**_item(index, conversation), "replies": replies, "correct": solved})
+                item = {**_item(index, conversation), "replies": replies, "correct": solved}
+                if self.other:
+                    item["control"] = self._control(index, sequences, masks, rows, len(prompt))
+                items.append(item)
             self.done(len(batch))
             if self.stopped():
                 break
@@ -204,6 +214,17 @@ class _Run:
         correct = self.task.evaluate(conversation, text)
         shown = parts if any(part["type"] != "text" for part in parts) else text
         return {"reply": shown, "correct": correct, "ended": ended}
+
+    def _control(
+        self, index: int, sequences: Any, masks: Any, rows: range, prompt_len: int
+    ) -> bool:
+        """Whether one of the replies would have solved another problem."""
+        other = self.task[self.other[index]]
+        texts = (
+            split_reply(self.tokenizer, sequences[r][prompt_len:], masks[r][prompt_len:])[0]
+            for r in rows
+        )
+        return any(self.task.evaluate(other, text) for text in texts)
 
 
 def letter_ids(tokenizer: Any, letters: Sequence[str]) -> list[int]:
@@ -279,8 +300,7 @@ def _result(
     items = sorted(gather_rows(items, device), key=lambda item: item["index"])
     if items_path is not None:
         if is_rank0():
-            with atomic_write(items_path, "w") as f:
-                f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+            write_jsonl(items_path, items)
         barrier()
     n = len(items)
     accuracy = sum(item["correct"] for item in items) / n
@@ -293,24 +313,15 @@ def _result(
         chance=sum(1 / item["choices"] for item in items if "choices" in item) / n,
         ended_share=sum(ended) / len(ended) if ended else None,
         items=items,
+        control=_control_of(items),
     )
 
 
-def gather_rows(rows: list[Item], device: torch.device | str = "cpu") -> list[Item]:
-    """The rows of all ranks, on all ranks. They travel as JSON: nothing is unpickled."""
-    _, world = rank_and_world()
-    if world == 1:
-        return rows
-    data = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
-    torch.distributed.all_gather(sizes, torch.tensor([len(data)], device=device))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(data)] = data
-    gathered = [torch.zeros_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(gathered, padded)
-    return [
-        row
-        for part, size in zip(gathered, sizes)
-        for row in json.loads(part[: int(size)].cpu().numpy().tobytes())
-    ]
+def _control_of(items: Sequence[Item]) -> float | None:
+    """By the letters all pairings with other problems' keys, else the pairing that was tried."""
+    if all("gold" in item for item in items):
+        answers = [(item["choices"], item["reply"]) for item in items]
+        return shuffled_accuracy(answers, [(item["choices"], item["gold"]) for item in items])
+    if all("control" in item for item in items):
+        return sum(item["control"] for item in items) / len(items)
+    return None

@@ -14,6 +14,7 @@ bundle:
 
 A task's accuracy is centred, 0 at its random baseline and 1 at perfect, and CORE is the mean. Seven
 runs of one recipe spread over 0.0165 (LESSONS of the original): smaller differences mean nothing.
+How the losses are computed is in scoring.py.
 Floor 4.
 """
 
@@ -22,25 +23,25 @@ from __future__ import annotations
 import csv
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import yaml
 
-from nanochat.common import UserError, print0, read_jsonl, seed_from
+from nanochat.common import UserError, is_rank0, print0, read_jsonl, seed_from
 from nanochat.distributed import rank_and_world, sum_over_ranks
 from nanochat.evals.bundle import BUNDLE_URL, has_bundle
+from nanochat.evals.control import majority_accuracy, shuffled_accuracy
+from nanochat.evals.items import gather_rows, write_jsonl
+from nanochat.evals.scoring import Probe, Score, common_length, crop, score_groups
 
 Item = dict[str, Any]
 
 EXAMPLE_DELIMITER = "\n\n"  # between examples, as in karpathy/nanochat, whose CORE we compare with
-MAX_BATCH_TOKENS = 8192  # of one forward pass, padding included
 CHUNK = 256  # rows tokenized at a time: with ten examples each, a task has 40M tokens
-MAX_HEAD_TOKENS = 1024  # positions through the head at once: 256 MiB of float32 logits at 65,536
 
 # -----------------------------------------------------------------------------
 # The bundle
@@ -145,23 +146,6 @@ def render_prompts(task: CoreTask, item: Item, shots: Sequence[Item]) -> list[st
     return [EXAMPLE_DELIMITER.join([*head, tail]) for tail in tails]
 
 
-def common_length(rows: Sequence[Sequence[int]], from_end: bool = False) -> int:
-    """How many tokens all rows have in common at their beginning, or at their end."""
-    if from_end:
-        rows = [row[::-1] for row in rows]
-    n = 0
-    while all(n < len(row) and row[n] == rows[0][n] for row in rows):
-        n += 1
-    return n
-
-
-class Probe(NamedTuple):
-    """Tokens to run, and from which position on they are scored."""
-
-    ids: list[int]
-    start: int
-
-
 def find_spans(kind: str, rows: Sequence[list[int]]) -> list[Probe]:
     """The tokens of an item's prompts -> what to run, with the span that the options differ in."""
     if kind == "language_modeling":
@@ -173,68 +157,6 @@ def find_spans(kind: str, rows: Sequence[list[int]]) -> list[Probe]:
     # Where one choice is the beginning of another, its last token is scored all the same
     start = min(common_length(rows), min(map(len, rows)) - 1)
     return [Probe(ids, start) for ids in rows]
-
-
-def crop(sequence: Probe, limit: int) -> Probe:
-    """The last `limit` tokens: what is asked stands at the end."""
-    cut = max(0, len(sequence.ids) - limit)
-    return Probe(sequence.ids[cut:], max(1, sequence.start - cut))
-
-
-# -----------------------------------------------------------------------------
-# Scores
-
-
-class Score(NamedTuple):
-    """Of one sequence's scored span."""
-
-    loss: float  # mean over its tokens, nats
-    greedy: bool  # whether every token is the likeliest one
-
-
-def token_batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of like length, of at most MAX_BATCH_TOKENS with padding."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the first is the longest
-        if batch and (len(batch) + 1) * lengths[batch[0]] > MAX_BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def score_sequences(model: Any, sequences: Sequence[Probe]) -> list[Score]:
-    """The scores of many sequences, run in padded batches, in the order given."""
-    device = model.get_device()
-    scores: list[Score | None] = [None] * len(sequences)
-    for batch in token_batches([len(s.ids) for s in sequences]):
-        idx = torch.zeros(len(batch), len(sequences[batch[0]].ids), dtype=torch.int64)  # (B, T)
-        for row, i in zip(idx, batch):
-            row[: len(sequences[i].ids)] = torch.tensor(sequences[i].ids)
-        x = model.hidden(idx.to(device))  # (B, T, D)
-        spans = [len(sequences[i].ids) - sequences[i].start for i in batch]
-        # What predicts token t stands at t - 1
-        x = torch.cat(
-            [
-                x[row, sequences[i].start - 1 : len(sequences[i].ids) - 1]
-                for row, i in enumerate(batch)
-            ]
-        )  # (N, D), only the positions that are scored
-        targets = torch.tensor(
-            [token for i in batch for token in sequences[i].ids[sequences[i].start :]],
-            device=device,
-        )  # (N,)
-        losses, hits = [], []
-        for part, wanted in zip(x.split(MAX_HEAD_TOKENS), targets.split(MAX_HEAD_TOKENS)):
-            logits = model.logits(part).float()  # (n, V)
-            losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
-            hits.append(logits.argmax(-1) == wanted)
-        pieces = zip(torch.cat(losses).cpu().split(spans), torch.cat(hits).cpu().split(spans))
-        for i, (loss, hit) in zip(batch, pieces):
-            scores[i] = Score(float(loss.mean()), bool(hit.all()))
-    return [score for score in scores if score is not None]
 
 
 def predict(kind: str, scores: Sequence[Score]) -> int:
@@ -249,16 +171,16 @@ def gold(task: CoreTask, item: Item) -> int:
     return 1 if task.kind == "language_modeling" else item["gold"]
 
 
-def predict_task(
+def score_task(
     task: CoreTask,
     items: Sequence[Item],
     indices: Sequence[int],
     model: Any,
     tokenizer: Any,
     stopped: Callable[[], bool] = lambda: False,
-) -> list[int]:
-    """The prediction for each of the rows `indices`; of fewer when `stopped()` turns true."""
-    predictions: list[int] = []
+) -> list[list[Score]]:
+    """The scores of each of the rows `indices`; of fewer when `stopped()` turns true."""
+    scores: list[list[Score]] = []
     for at in range(0, len(indices), CHUNK):
         if stopped():
             break
@@ -275,9 +197,60 @@ def predict_task(
             [crop(p, limit) for p in find_spans(task.kind, [next(rows) for _ in options])]
             for options in prompts
         ]
-        scores = iter(score_sequences(model, [p for options in probes for p in options]))
-        predictions += [predict(task.kind, [next(scores) for _ in options]) for options in probes]
-    return predictions
+        scores += score_groups(model, probes)
+    return scores
+
+
+def predict_task(
+    task: CoreTask,
+    items: Sequence[Item],
+    indices: Sequence[int],
+    model: Any,
+    tokenizer: Any,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[int]:
+    """The prediction for each of the rows `indices`; of fewer when `stopped()` turns true."""
+    scores = score_task(task, items, indices, model, tokenizer, stopped)
+    return [predict(task.kind, of_item) for of_item in scores]
+
+
+def shown(task: CoreTask, item: Item, index: int, total: int, scores: Sequence[Score]) -> Item:
+    """A row of the file that people read. Losses are in nats per token, in the options' order."""
+    if task.kind == "multiple_choice":
+        question, options = item["query"], item["choices"]
+    elif task.kind == "schema":
+        question, options = item["continuation"], item["context_options"]
+    else:
+        question, options = item["context"], [item["continuation"]]
+    prediction, key = predict(task.kind, scores), gold(task, item)
+    row = {
+        "index": index,
+        "question": question,
+        "options": options,
+        "gold": key,
+        "prediction": prediction,
+        "correct": prediction == key,
+        "loss": [round(score.loss, 5) for score in scores],
+        "examples": fewshot_indices(task.label, index, total, task.num_fewshot),
+    }
+    if task.kind == "language_modeling":  # there is no option to choose
+        del row["prediction"], row["gold"]
+    return row
+
+
+def yardsticks(task: CoreTask, rows: Sequence[Item]) -> tuple[float, float]:
+    """(control, majority) of a task's shown rows, see control.py.
+
+    A right continuation is an answer with a text; a wrong one's text is not known, so there the
+    control is the least it can be."""
+    if task.kind == "language_modeling":
+        keys = [row["options"][0] for row in rows]
+        answers = [key if row["correct"] else None for row, key in zip(rows, keys)]
+        return shuffled_accuracy(answers, keys), majority_accuracy(keys)
+    return (
+        shuffled_accuracy([row["prediction"] for row in rows], [row["gold"] for row in rows]),
+        majority_accuracy([row["gold"] for row in rows]),
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -299,43 +272,76 @@ def evaluate_core(
     max_per_task: int = -1,
     say: Callable[[str], None] = print0,
     stopped: Callable[[], bool] = lambda: False,
+    items_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """{"core_metric", "core_stderr", and by task: "results", "centered", "n", "stderr"}.
+    """{"core_metric", "core_stderr", and by task: "results", "centered", "n", "stderr", "chance"}.
 
     results are accuracies, 0 to 1; stderr is that of the accuracy. The rows are shared out over the
-    ranks. When `stopped()` turns true on any of them the outcome comes soon, and is worthless.
-    Raises UserError where the bundle is not complete."""
-    outcome: dict[str, Any] = {"results": {}, "centered": {}, "n": {}, "stderr": {}}
-    rank, world = rank_and_world()
+    ranks. `items_dir` gets a jsonl of every task's rows with what was predicted, and the outcome
+    the "control" and "majority" of each task. When `stopped()` turns true on any of the ranks the
+    outcome comes soon, and is worthless. Raises UserError where the bundle is not complete."""
+    by_task: tuple[str, ...] = ("results", "centered", "n", "stderr", "chance")
+    if items_dir is not None:
+        by_task = (*by_task, "control", "majority")
+    outcome: dict[str, Any] = {key: {} for key in by_task}
     was_training = model.training
     model.eval()
     tasks = read_bundle(Path(bundle_dir))
     variance = 0.0
     for number, task in enumerate(tasks, 1):
         started = time.monotonic()
-        items = read_items(task)
-        rows = evaluated_rows(task.label, len(items), max_per_task)
-        mine = rows[rank::world]
-        right = 0
-        predictions = predict_task(task, items, mine, model, tokenizer, stopped)
-        for prediction, index in zip(predictions, mine):
-            right += prediction == gold(task, items[index])
-        correct = sum_over_ranks(right, device=model.get_device())[0]
-        accuracy = correct / len(rows)
-        chance = task.baseline / 100
-        stderr = math.sqrt(accuracy * (1 - accuracy) / len(rows))
-        outcome["results"][task.label] = accuracy
-        outcome["centered"][task.label] = centered = (accuracy - chance) / (1 - chance)
-        outcome["n"][task.label] = len(rows)
-        outcome["stderr"][task.label] = stderr
-        variance += (stderr / (1 - chance)) ** 2
+        found = _evaluate_task(task, model, tokenizer, max_per_task, stopped, items_dir)
+        for key in by_task:
+            outcome[key][task.label] = found[key]
+        variance += (found["stderr"] / (1 - found["chance"])) ** 2
         if stopped():
             continue  # what is said would be wrong
+        beside = "".join(f"  {key} {found[key]:.4f}" for key in by_task[4:])
         say(
-            f"{number:>2}/{len(tasks)} {task.label:<32} accuracy {accuracy:.4f}  "
-            f"centred {centered:+.4f}  n {len(rows):>5}  {time.monotonic() - started:.0f}s"
+            f"{number:>2}/{len(tasks)} {task.label:<32} accuracy {found['results']:.4f} +- "
+            f"{found['stderr']:.4f}  centred {found['centered']:+.4f}  n {found['n']:>5}{beside}  "
+            f"{time.monotonic() - started:.0f}s"
         )
     model.train(was_training)
     outcome["core_metric"] = sum(outcome["centered"].values()) / len(tasks)
     outcome["core_stderr"] = math.sqrt(variance) / len(tasks)
     return outcome
+
+
+def _evaluate_task(
+    task: CoreTask,
+    model: Any,
+    tokenizer: Any,
+    max_per_task: int,
+    stopped: Callable[[], bool],
+    items_dir: Path | None,
+) -> dict[str, float]:
+    """One task's entries of the outcome, the same on every rank; its file, on the first."""
+    items = read_items(task)
+    rows = evaluated_rows(task.label, len(items), max_per_task)
+    rank, world = rank_and_world()
+    mine = rows[rank::world]
+    scores = score_task(task, items, mine, model, tokenizer, stopped)
+    right = sum(
+        predict(task.kind, of_item) == gold(task, items[index])
+        for of_item, index in zip(scores, mine)
+    )
+    correct = sum_over_ranks(right, device=model.get_device())[0]
+    accuracy, chance = correct / len(rows), task.baseline / 100
+    found = {
+        "results": accuracy,
+        "centered": (accuracy - chance) / (1 - chance),
+        "n": len(rows),
+        "stderr": math.sqrt(accuracy * (1 - accuracy) / len(rows)),
+        "chance": chance,
+    }
+    if items_dir is not None:
+        local = [
+            shown(task, items[index], index, len(items), of_item)
+            for of_item, index in zip(scores, mine)
+        ]
+        every = sorted(gather_rows(local, model.get_device()), key=lambda row: row["index"])
+        found["control"], found["majority"] = yardsticks(task, every)
+        if is_rank0():
+            write_jsonl(items_dir / f"{task.label}.jsonl", every)
+    return found

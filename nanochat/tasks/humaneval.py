@@ -8,7 +8,6 @@ the sandbox of nanochat/execution.py.
 from __future__ import annotations
 
 import re
-import secrets
 from typing import Any
 
 from nanochat.common import get_base_dir
@@ -56,12 +55,9 @@ class HumanEval(RowTask):
     def evaluate(self, conversation: Conversation, reply: str) -> bool:
         entry_point = conversation["entry_point"]
         program = build_program(conversation["prompt"], entry_point, reply)
-        # Exit status 0 is not enough: code that calls exit() never reaches its tests. Only the
-        # program's very end prints this word, and the reply cannot know it.
-        passed = secrets.token_hex(16)
-        program += f"\n\n{conversation['test']}\n\ncheck({entry_point})\nprint('{passed}')\n"
-        result = run_python(program, timeout=TIMEOUT)
-        return result.success and result.stdout.endswith(passed + "\n")
+        program += f"\n\n{conversation['test']}\n\ncheck({entry_point})\n"
+        # Exit status 0 is not enough: code that calls exit() never reaches its tests
+        return run_python(program, timeout=TIMEOUT).finished
 
 
 def load(split: str, **slicing: Any) -> HumanEval:

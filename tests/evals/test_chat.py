@@ -13,7 +13,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.evals import chat
+from nanochat.evals import chat, items
 from nanochat.evals.chat import letter_ids, pick_problems, run_chat_eval, split_reply
 from nanochat.tasks.choice import MultipleChoice
 from nanochat.tasks.common import Rows
@@ -126,7 +126,7 @@ def test_generative(batch_size: int, make_tokenizer: Any, tmp_path: Path) -> Non
     path = tmp_path / "items.jsonl"
     result = run_chat_eval(
         task, model, tokenizer, engine, batch_size=batch_size, num_samples=2, max_new_tokens=150,
-        temperature=0.7, top_k=9, items_path=path,
+        temperature=0.7, top_k=9, items_path=path, control=True,
     )  # fmt: skip
     assert [item["correct"] for item in result.items] == [
         True,
@@ -147,6 +147,9 @@ def test_generative(batch_size: int, make_tokenizer: Any, tmp_path: Path) -> Non
     # A problem's seed is its own, whatever the batch
     seeds = {tuple(p): s for call in engine.calls for p, s in zip(call["prompts"], call["seed"])}
     assert len(set(seeds.values())) == 7
+    # Each reply beside the next problem: "#### 2" would have been right for none but its own
+    assert [item["control"] for item in result.items] == [False] * 7
+    assert result.control == 0
     saved = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert saved == result.items
     assert saved[0]["prompt"] == "0+0?"
@@ -293,11 +296,12 @@ def test_two_ranks_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
         return evaluate()
 
     alone = evaluate()
-    monkeypatch.setattr(chat, "rank_and_world", lambda: (me.rank, 2))
+    for module in (chat, items):
+        monkeypatch.setattr(module, "rank_and_world", lambda: (me.rank, 2))
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(as_rank, range(2))) == [alone, alone]
 
 
 def test_gather_alone() -> None:
-    assert chat.gather_rows([{"a": 1}]) == [{"a": 1}]
+    assert items.gather_rows([{"a": 1}]) == [{"a": 1}]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 
-from nanochat.common import UserError
-from nanochat.evals import core
+from nanochat.common import UserError, read_jsonl
+from nanochat.evals import core, scoring
+from nanochat.evals.control import majority_accuracy, shuffled_accuracy
 from nanochat.evals.core import (
     CoreTask,
     Item,
-    Probe,
-    crop,
     evaluate_core,
     evaluated_rows,
     fewshot_indices,
@@ -24,7 +25,13 @@ from nanochat.evals.core import (
     read_bundle,
     read_items,
     render_prompts,
+)
+from nanochat.evals.scoring import (
+    Probe,
+    crop,
+    score_groups,
     score_sequences,
+    shared_length,
     token_batches,
 )
 from tests.evals.fakes_for_tests import tiny_model
@@ -137,14 +144,14 @@ def naive_predict(task: CoreTask, items: list[Item], index: int, model: Any, tok
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("sequence_len", [256, 24])
-@pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
+@pytest.mark.parametrize("arch", ["gpt", "turbo", "qwen2.5"])
 def test_batched_is_the_slow_twin(
     kind: str, sequence_len: int, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core, "MAX_BATCH_TOKENS", 200)  # several batches
-    monkeypatch.setattr(core, "MAX_HEAD_TOKENS", 7)  # spans cut in the middle
+    monkeypatch.setattr(scoring, "MAX_BATCH_TOKENS", 200)  # several batches
+    monkeypatch.setattr(scoring, "MAX_HEAD_TOKENS", 7)  # spans cut in the middle
     monkeypatch.setattr(core, "CHUNK", 2)
-    tokenizer = tiny_tokenizer() if arch == "gpt" else tiny_qwen()
+    tokenizer = tiny_qwen() if arch == "qwen2.5" else tiny_tokenizer()
     model = tiny_model(tokenizer.get_vocab_size(), sequence_len, arch)
     for shots, delimiter in ((0, " "), (2, "\nAnswer: "), (9, " ")):
         task, items = task_of(kind, shots, delimiter), ROWS[kind]
@@ -163,6 +170,39 @@ def test_losses_are_the_slow_twins() -> None:
         losses, greedy = naive_losses(model, probe.ids)
         assert score.loss == pytest.approx(sum(losses[1:]) / len(losses[1:]), abs=1e-5)
         assert score.greedy == all(greedy[1:])
+
+
+@pytest.mark.parametrize("arch", ["gpt", "turbo", "qwen2.5"])
+def test_what_options_share_is_run_once(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same scores from fewer tokens, whatever the batches and the lengths in them."""
+    monkeypatch.setattr(scoring, "MAX_BATCH_TOKENS", 300)
+    model = tiny_model(400, arch=arch)
+    rng = Random(1)
+
+    def ids(n: int) -> list[int]:
+        return [rng.randrange(400) for _ in range(n)]
+
+    groups = []
+    for shared, tails in ((40, (3, 9, 1)), (3, (5, 5)), (70, (1, 1)), (25, (4,)), (40, (8, 2))):
+        prefix = ids(shared)
+        groups.append([Probe(prefix + ids(n), shared) for n in tails])
+    same = ids(30)
+    groups.append([Probe(same, 29), Probe([*same, 7], 29)])  # one option begins the other
+    groups.append([Probe(ids(40), 30), Probe(ids(40), 20)])  # nothing in common, as in a schema
+    assert [shared_length(g) for g in groups] == [39, 0, 69, 0, 39, 28, 0]
+
+    tokens = []
+    real = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda idx, *cache: tokens.append(idx.numel()) or real(idx, *cache)
+    )
+    fast = score_groups(model, groups)
+    few, tokens[:] = sum(tokens), []
+    slow = [score_sequences(model, group) for group in groups]
+    assert few < 0.8 * sum(tokens)
+    for ours, theirs in zip(fast, slow, strict=True):
+        assert [s.loss for s in ours] == pytest.approx([s.loss for s in theirs], abs=1e-5)
+        assert [s.greedy for s in ours] == [s.greedy for s in theirs]
 
 
 def test_greedy_is_true_for_what_the_model_would_write() -> None:
@@ -243,7 +283,7 @@ def test_rows_taken_are_nested_and_fixed() -> None:
 
 
 def test_token_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "MAX_BATCH_TOKENS", 10)
+    monkeypatch.setattr(scoring, "MAX_BATCH_TOKENS", 10)
     lengths = [3, 12, 5, 5, 1, 2]
     batches = list(token_batches(lengths))
     assert sorted(i for batch in batches for i in batch) == list(range(6))
@@ -278,15 +318,77 @@ def test_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate_core(model, tokenizer, bundle, say=said.append)
     for i, (label, n) in enumerate(outcome["n"].items()):
         assert sums[i] + sums[i + 3] == round(outcome["results"][label] * n)
+    monkeypatch.undo()
     few = evaluate_core(model, tokenizer, bundle, max_per_task=1, say=said.append)
     assert set(few["n"].values()) == {1}  # fewer rows than few-shot examples
+
+
+def test_what_was_asked_and_predicted_is_kept(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer.get_vocab_size())
+    said: list[str] = []
+    outcome = evaluate_core(model, tokenizer, bundle, say=said.append, items_dir=tmp_path / "items")
+    for kind, items in ROWS.items():
+        rows = [row for _, row in read_jsonl(tmp_path / "items" / f"my_{kind}.jsonl")]
+        assert [row["index"] for row in rows] == list(range(len(items)))
+        right = sum(row["correct"] for row in rows) / len(rows)
+        assert right == pytest.approx(outcome["results"][f"my_{kind}"])
+        assert all(len(row["examples"]) == 2 and row["question"] for row in rows)
+    row = [row for _, row in read_jsonl(tmp_path / "items" / "my_multiple_choice.jsonl")][2]
+    assert row["options"] == ROWS["multiple_choice"][2]["choices"]
+    assert row["prediction"] == row["loss"].index(min(row["loss"]))
+    assert (row["gold"], row["correct"]) == (1, row["prediction"] == 1)
+    assert outcome["majority"]["my_multiple_choice"] == 3 / 5
+    assert outcome["chance"]["my_schema"] == 0.5
+    assert all(0 <= share <= 1 for share in outcome["control"].values())
+    assert all("+-" in line and "control" in line and "chance" in line for line in said)
+
+
+def test_two_ranks_keep_what_one_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 writes all rows; here rank 1 goes first, and its rows are what rank 0 gathers."""
+    bundle = write_bundle(tmp_path / "bundle")
+    model = tiny_model(400)
+    quiet: Any = {"say": lambda line: None}
+    alone = evaluate_core(model, tiny_tokenizer(), bundle, items_dir=tmp_path / "one", **quiet)
+    others: list[list[Item]] = []
+
+    def gather(rows: list[Item], device: Any) -> list[Item]:
+        if core.rank_and_world()[0] == 1:
+            others.append(rows)
+            return rows
+        return [*rows, *others.pop(0)]
+
+    monkeypatch.setattr(core, "gather_rows", gather)
+    for rank in (1, 0):
+        monkeypatch.setattr(core, "rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(core, "is_rank0", lambda rank=rank: rank == 0)
+        two = evaluate_core(model, tiny_tokenizer(), bundle, items_dir=tmp_path / "two", **quiet)
+    assert (two["control"], two["majority"]) == (alone["control"], alone["majority"])
+    for kind in ROWS:
+        one, both = (tmp_path / name / f"my_{kind}.jsonl" for name in ("one", "two"))
+        assert one.read_text(encoding="utf-8") == both.read_text(encoding="utf-8")
+
+
+def test_habits_score_no_better_than_their_control() -> None:
+    keys = [0, 0, 1, 2]
+    assert shuffled_accuracy([0, 0, 0, 0], keys) == 0.5  # always the same: the score it gets
+    assert shuffled_accuracy(keys, keys) == pytest.approx((2 * 2 + 1 + 1) / 16)
+    assert shuffled_accuracy([None, 1, None, None], keys) == pytest.approx(1 / 16)
+    assert majority_accuracy(keys) == 0.5
+    assert shuffled_accuracy([], []) == majority_accuracy([]) == 0
+    # Against brute force over all orders of the keys
+    answers = [1, 0, 2, 1]
+    orders = list(permutations(keys))
+    brute = sum(a == k for order in orders for a, k in zip(answers, order)) / len(orders) / 4
+    assert shuffled_accuracy(answers, keys) == pytest.approx(brute)
 
 
 def test_it_ends_soon_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an error, and on the same path: other ranks wait for this one's sums."""
     monkeypatch.setattr(core, "CHUNK", 2)
     scored: list[int] = []
-    real = core.score_sequences
+    real = core.score_groups
 
     def score(model: Any, sequences: Any) -> Any:
         scored.append(len(sequences))
@@ -294,7 +396,7 @@ def test_it_ends_soon_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.Mon
 
     sums: list[float] = []
     monkeypatch.setattr(core, "sum_over_ranks", lambda right, device: [sums.append(right) or right])
-    monkeypatch.setattr(core, "score_sequences", score)
+    monkeypatch.setattr(core, "score_groups", score)
     said: list[str] = []
     evaluate_core(
         tiny_model(400), tiny_tokenizer(), write_bundle(tmp_path), say=said.append,

@@ -50,6 +50,9 @@ def test_everything(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["samples"][0].startswith(PROMPTS[0])
     assert -1 <= row["core_metric"] <= 1
     assert row["core_tasks"]["my_schema"]["n"] == 3
+    assert {"chance", "control", "majority", "stderr"} <= set(row["core_tasks"]["my_schema"])
+    items = base / "report" / "base_eval" / "base_tiny_7" / "my_schema.jsonl"
+    assert len(list(read_jsonl(items))) == 3
     assert "CORE" in capsys.readouterr().out
 
 

@@ -11,8 +11,9 @@ import pytest
 from nanochat import flags
 from nanochat.common import UserError, read_jsonl
 from nanochat.evals.chat import EvalResult
+from nanochat.tasks.common import REGISTRY, get_task
 from scripts import chat_eval
-from scripts.chat_eval import CHATCORE, Args, chatcore_metric
+from scripts.chat_eval import CHATCORE, Args, chatcore_metric, chatcore_stderr
 from tests.scripts.checkpoints_for_tests import save_tiny
 from tests.tiny_world import torchrun
 
@@ -56,6 +57,11 @@ def test_rows_items_and_table(base: Path, capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out
     assert "accuracy %" in said
     assert "33.3" in said
+    assert "control %" in said
+    assert base / pick["items"] == items and str(items) in said.replace("\n", "")
+    first = next(read_jsonl(items))[1]
+    assert {"prompt", "reply", "gold", "correct"} <= set(first)
+    assert 0 <= pick["control"] <= 1 and 0 <= talk["control"] <= 1
     run(*FLAGS, "-x", "3", "-n", "2", "-t", "1", "-k", "0")
     assert [row["n"] for row in rows_of(base)] == [12, 5, 3, 3]
 
@@ -89,3 +95,25 @@ def test_chatcore_needs_all_six() -> None:
     results = [EvalResult(name, 0.5, 10, 0.1, 0.25, None) for name in CHATCORE]
     assert chatcore_metric(results) == pytest.approx(1 / 3)
     assert chatcore_metric(results[1:]) is None
+    wanted = (6 * (0.1 / 0.75) ** 2) ** 0.5 / 6
+    assert chatcore_stderr([*results, EvalResult("own", 0.5, 10, 9.0, 0.0, None)]) == (
+        pytest.approx(wanted)
+    )
+
+
+def test_names_as_others_write_them() -> None:
+    """karpathy/nanochat's users type them so."""
+    names = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
+    assert [name.lower() for name in names] == list(CHATCORE)
+    assert set(CHATCORE) <= set(REGISTRY)
+    results = [EvalResult(name, 0.5, 10, 0.1, 0.25, None) for name in names]
+    assert chatcore_metric(results) == pytest.approx(1 / 3)
+    assert get_task("SpellingBee", "test", size=3).name == "spellingbee"
+
+
+def test_a_weak_sandbox_must_be_asked_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(chat_eval, "allow_weak_sandbox", asked.append)
+    run(*FLAGS, "-a", "pick")
+    run(*FLAGS, "-a", "pick", "--weak_sandbox")
+    assert asked == [False, True]

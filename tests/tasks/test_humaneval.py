@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from nanochat.tasks.common import Rows, read_rows
@@ -64,8 +66,35 @@ def test_wrong_replies(reply: str, task: HumanEval) -> None:
     assert not task.evaluate(task[0], reply)
 
 
-def test_the_published_solutions_pass() -> None:
+def test_a_reply_that_looks_for_the_mark_of_success_fails(task: HumanEval) -> None:
+    """Nothing that a program can read lets it claim that its tests were passed."""
+    reply = """
+import os, sys
+def root(x):
+    frame = sys._getframe()
+    while frame:
+        print(frame.f_locals, frame.f_globals, frame.f_code.co_consts)
+        frame = frame.f_back
+    sys.audit("nanochat.end")
+    os._exit(0)
+"""
+    assert not task.evaluate(task[0], reply)
+
+
+@pytest.mark.slow
+def test_the_published_solutions_pass_and_wrong_ones_fail() -> None:
+    """All 164: the reference is right; nothing at all and the next problem's body are wrong."""
     task = HumanEval(read_rows([shared("humaneval") / "HumanEval.jsonl"]))
-    for i in range(3, len(task), 20):
-        conversation = task[i]
-        assert task.evaluate(conversation, conversation["messages"][1]["content"]), i
+    assert len(task) == 164
+    replies = [task[i]["messages"][1]["content"] for i in range(len(task))]
+    bodies = [reply.removeprefix(f"```python\n{task[i]['prompt']}").removesuffix("```")
+              for i, reply in enumerate(replies)]  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+
+        def judge(given: list[str]) -> list[bool]:
+            return list(pool.map(lambda i: task.evaluate(task[i], given[i]), range(len(task))))
+
+        assert [i for i, right in enumerate(judge(replies)) if not right] == []
+        wrong = [other if i % 2 else "    pass\n"
+                 for i, other in enumerate([*bodies[1:], bodies[0]])]  # fmt: skip
+        assert [i for i, right in enumerate(judge(wrong)) if right] == []
