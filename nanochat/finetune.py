@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanochat import distributed, flags
+from nanochat import distributed, flags, lora
 from nanochat.common import UserError, print0, warn0
 from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_batches
 from nanochat.engine import Engine
@@ -34,7 +34,7 @@ FEW_STEPS = 10  # fewer can hardly change a model
 
 
 @dataclass
-class ConversationFlags(flags.InheritedFlags, flags.ScheduleFlags):
+class ConversationFlags(flags.InheritedFlags, flags.ScheduleFlags, lora.LoraFlags):
     """Flags of the stages that train on conversations; the scripts set source and mixture."""
 
     source: flags.Source = "base"
@@ -121,9 +121,12 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
                 "epochs give the model more steps to learn in"
             )
     rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
-    optimizer = continued_optimizer(
-        lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device
-    )
+    if args.lora_rank:
+        optimizer = lora.adapt(model, args)
+    else:
+        optimizer = continued_optimizer(
+            lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device
+        )
     micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, seq_len)
     args.device_batch_size = micro_batch
     loader = StepLoader(reader, rows_per_step, micro_batch, info.rank, info.world_size, info.device)

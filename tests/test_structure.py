@@ -39,6 +39,7 @@ FLOORS = {
     "precision": 1.5,
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "tasks", "text_source"], 2),
+    "lora": 2.25,
     **dict.fromkeys(["plan", "primer"], 2.5),
     "trial": 2.75,
     **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
