@@ -39,15 +39,22 @@ STAGE_FOLDERS = {
     "mid": "mid_checkpoints",
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
+    "dpo": "chatdpo_checkpoints",
 }
-STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+STAGE_SCRIPTS = {
+    "base": "base_train",
+    "mid": "mid_train",
+    "sft": "chat_sft",
+    "rl": "chat_rl",
+    "dpo": "chat_dpo",
+}
 STEP_NAME = re.compile(r"step_(\d{6,})")
 FILES = ("model.safetensors", "optim.safetensors", "meta.json")
 LOG = "log.jsonl"
 
 
 def stage_dir(source: str) -> Path:
-    """The folder of a stage's runs. `source` is base, mid, sft or rl."""
+    """The folder of a stage's runs. `source` is base, mid, sft, rl or dpo."""
     if source not in STAGE_FOLDERS:
         raise UserError(f"source={source!r}: choose one of {', '.join(STAGE_FOLDERS)}")
     return get_base_dir() / STAGE_FOLDERS[source]

@@ -47,7 +47,7 @@ FLOORS = {
     **dict.fromkeys(["hf_export", "hf_import", "recipe", "start", "step"], 3.5),
     **dict.fromkeys(["gguf", "record"], 3.75),
     **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
-    **dict.fromkeys(["finetune", "rollout"], 4.5),
+    **dict.fromkeys(["dpo", "finetune", "rollout"], 4.5),
 }
 MAX_LINES = 450
 MAX_FUNCTION = 70

@@ -12,7 +12,7 @@ import numpy as np
 from nanochat.common import atomic_write
 from nanochat.report.runs import Run
 
-COLOURS = {"base": "#2f6690", "mid": "#8a5a9e", "sft": "#1f8a70", "rl": "#c8642b"}
+COLOURS = {"base": "#2f6690", "mid": "#8a5a9e", "sft": "#1f8a70", "rl": "#c8642b", "dpo": "#b03a5b"}
 _MARK = "#33312e"  # validation, in every panel
 _GREY = "#7a756d"
 
