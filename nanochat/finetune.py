@@ -15,7 +15,7 @@ from nanochat.common import UserError, print0, warn0
 from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_batches
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
-from nanochat.optim import make_optimizer
+from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.plan import settle
 from nanochat.preview import preview_conversations
 from nanochat.schedule import (
@@ -120,13 +120,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
                 f"--total_batch_size={args.total_batch_size:,} tokens; a smaller batch or more "
                 "epochs give the model more steps to learn in"
             )
-    rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
-    if args.lora_rank:
-        optimizer = lora.adapt(model, args)
-    else:
-        optimizer = continued_optimizer(
-            lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device
-        )
+    optimizer = optimizer_of(args, start, info)
     micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, seq_len)
     args.device_batch_size = micro_batch
     loader = StepLoader(reader, rows_per_step, micro_batch, info.rank, info.world_size, info.device)
@@ -163,6 +157,16 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         )
         decay = decay_multiplier(step, num_steps)
         trainer.step(loader.step(step), lr_mul, muon_momentum(step), decay)
+
+
+def optimizer_of(args: ConversationFlags, start: Start, info: distributed.DistInfo) -> MuonAdamW:
+    """Of all weights, with the state that the checkpoint has of it; or of LoRA's alone."""
+    if args.lora_rank:
+        return lora.adapt(start.model, args)
+    rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
+    return continued_optimizer(
+        lambda: make_optimizer(start.model, *rates, args.init_lr_frac), args, start, info.device
+    )
 
 
 def validation_loss(

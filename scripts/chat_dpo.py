@@ -172,7 +172,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
             )
             with trainer.autocast():
                 result = evaluate_pairs(model, trainer.until_stopping(batches), info)
-            trainer.record(**{f"val_{name}": value for name, value in result.items()})
+            trainer.record("eval", **{f"val_{name}": value for name, value in result.items()})
         if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
