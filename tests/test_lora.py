@@ -225,3 +225,26 @@ def test_another_rank_or_none_cannot_resume(base: Path) -> None:
         with pytest.raises(UserError, match=f"its {flag.split('=')[0]} was"):
             run_stage("mid_train", *argv, flag, "--resume")
     assert read_meta(step_dir("mid", "strict", list_steps("mid", "strict")[-1]))["step"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", TINY)
+def test_compiled_on_a_gpu_it_is_the_same(arch: str) -> None:
+    """In bfloat16, as a run computes: the sum stays in it, and gradients are in float32."""
+    model = adapted(arch, trained=True).cuda()
+    idx = tokens_of(model, 2, 12).cuda()
+    optimizer = lora_optimizer(model, 0.01)
+    found = []
+    for forward in (model, torch.compile(model)):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            linear = next(m for m in model.modules() if isinstance(m, LoraLinear))
+            x = torch.ones(3, linear.in_features, device="cuda")
+            assert linear(x).dtype == torch.bfloat16
+            loss = forward(idx, idx)
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in optimizer.named.values())
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        found.append(loss.item())
+        optimizer.step(1e-6)
+        optimizer.zero_grad()
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
