@@ -5,6 +5,9 @@ A linear y = W x becomes y = W x + (alpha / rank) B A x, with A (rank, in) and B
 and B get gradients and optimizer state, so that a model trains where its weights fit but Adam's
 three copies of them do not. B is zero at the start: the first step sees the model as it was.
 
+    python -m scripts.chat_sft --source=base --lora_rank=16
+    python -m scripts.hf_export --source=sft --out=tuned         # merged: a plain model
+
     optimizer = adapt(model, args)     # a pass over a plain model; args are LoraFlags
 
 A checkpoint of such a run holds W, A and B, which is what an exact resume needs. Whoever loads it
