@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.common import UserError, get_base_dir, print0, read_json, warn0, write_json
 from nanochat.distributed import barrier, rank_and_world
+from nanochat.lora import has_lora, merge_lora
 from nanochat.manifest import find_damage, flush, read_manifest, seal
 from nanochat.models import build_model, config_from_dict, config_to_dict
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -38,15 +39,22 @@ STAGE_FOLDERS = {
     "mid": "mid_checkpoints",
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
+    "dpo": "chatdpo_checkpoints",
 }
-STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+STAGE_SCRIPTS = {
+    "base": "base_train",
+    "mid": "mid_train",
+    "sft": "chat_sft",
+    "rl": "chat_rl",
+    "dpo": "chat_dpo",
+}
 STEP_NAME = re.compile(r"step_(\d{6,})")
 FILES = ("model.safetensors", "optim.safetensors", "meta.json")
 LOG = "log.jsonl"
 
 
 def stage_dir(source: str) -> Path:
-    """The folder of a stage's runs. `source` is base, mid, sft or rl."""
+    """The folder of a stage's runs. `source` is base, mid, sft, rl or dpo."""
     if source not in STAGE_FOLDERS:
         raise UserError(f"source={source!r}: choose one of {', '.join(STAGE_FOLDERS)}")
     return get_base_dir() / STAGE_FOLDERS[source]
@@ -313,12 +321,15 @@ def read_meta(folder: Path, check: bool = True) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, model: Any) -> None:
-    """Fills the model; missing, extra or misshapen tensors are refused by name."""
+    """Fills the model; missing, extra or misshapen tensors are refused by name. What LoRA trained
+    is merged into a plain model."""
     try:
         tensors = load_file(folder / "model.safetensors", device=str(model.get_device()))
     except SafetensorError as e:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {e}") from e
     own = model.state_dict()
+    if not has_lora(own):
+        merge_lora(tensors)
     wrong = sorted(set(own) ^ set(tensors)) or sorted(
         name for name in own if own[name].shape != tensors[name].shape
     )

@@ -11,7 +11,7 @@ looking at earlier shards again. Floor 2.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -307,11 +307,24 @@ class RowReader:
 
 @dataclass
 class MicroBatch:
-    """One forward and backward pass: (B, T) token ids and targets; optionally loss weights."""
+    """One forward and backward pass: (B, T) token ids and targets; optionally loss weights.
+
+    A step's loss is the sum of loss() over all its micro-batches, divided by the sum of count();
+    for another loss a stage has a subclass (dpo.py)."""
 
     idx: Tensor
     targets: Tensor
     weights: Tensor | None = None  # (B, T) float32, multiplies each token's loss
+
+    def count(self) -> Tensor:
+        """(): what the loss is divided by, in whole numbers: trained tokens."""
+        return (self.targets != IGNORE).sum()
+
+    def loss(self, forward: Callable[..., Tensor]) -> Tensor:
+        """(): the summed loss. `forward` is that of a model."""
+        if self.weights is None:
+            return forward(self.idx, self.targets, reduction="sum")
+        return (forward(self.idx, self.targets, reduction="none") * self.weights).sum()
 
 
 class HostBuffer:

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat import distributed, flags
+from nanochat import distributed, flags, lora
 from nanochat.common import UserError, print0, warn0
 from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_batches
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.evals.chat import run_chat_eval
-from nanochat.optim import make_optimizer
+from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.plan import Mode, settle
 from nanochat.preview import preview_conversations
 from nanochat.schedule import (
@@ -44,7 +44,7 @@ FEW_STEPS = 10  # fewer can hardly change a model
 
 
 @dataclass
-class ConversationFlags(flags.InheritedFlags, flags.ScheduleFlags):
+class ConversationFlags(flags.InheritedFlags, flags.ScheduleFlags, lora.LoraFlags):
     """Flags of the stages that train on conversations; the scripts set source and mixture."""
 
     source: flags.Source = "base"
@@ -201,10 +201,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         val_source = ConversationSource(val_mixture, tokenizer, seq_len + 1)
         val_reader = RowReader(val_source, seq_len + 1, 0, bos)
     num_steps, rows_per_step = num_steps_of(args, num_rows), args.total_batch_size // seq_len
-    rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
-    optimizer = continued_optimizer(
-        lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device
-    )
+    optimizer = optimizer_of(args, start, info)
     micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, seq_len)
     args.device_batch_size = micro_batch
     loader = StepLoader(reader, rows_per_step, micro_batch, info.rank, info.world_size, info.device)
@@ -243,6 +240,16 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         )
         decay = decay_multiplier(step, num_steps)
         trainer.step(loader.step(step), lr_mul, muon_momentum(step), decay)
+
+
+def optimizer_of(args: ConversationFlags, start: Start, info: distributed.DistInfo) -> MuonAdamW:
+    """Of all weights, with the state that the checkpoint has of it; or of LoRA's alone."""
+    if args.lora_rank:
+        return lora.adapt(start.model, args)
+    rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
+    return continued_optimizer(
+        lambda: make_optimizer(start.model, *rates, args.init_lr_frac), args, start, info.device
+    )
 
 
 def validation_loss(

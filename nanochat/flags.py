@@ -29,7 +29,7 @@ from nanochat.common import UserError, print0
 
 T = TypeVar("T")
 
-Source = Literal["base", "mid", "sft", "rl"]
+Source = Literal["base", "mid", "sft", "rl", "dpo"]
 
 
 def alias(*names: str) -> Any:

@@ -271,9 +271,9 @@ class TrainingTrace:
         self.model, self.optimizer = model, optimizer
         self.bf16, self.on_cuda = bf16, on_cuda
         self.compiled, self.accumulates = compiled, accumulates
-        self.params = list(model.parameters())
+        self.params = [p for p in model.parameters() if p.requires_grad]
         self.trace = MemoryTrace(model.config.vocab_size)
-        for t in [*self.params, *model.buffers()]:
+        for t in [*model.parameters(), *model.buffers()]:
             self.trace._note(t)
         for p in self.params:
             p.register_post_accumulate_grad_hook(lambda p: self.trace.rename(p.grad, "gradients"))

@@ -23,6 +23,7 @@ from nanochat.common import UserError, print0
 from nanochat.compiling import choose_compile
 from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import TrainFlags
+from nanochat.lora import add_lora, lora_optimizer
 from nanochat.machine import free_memory
 from nanochat.memory_trace import TrainingTrace
 from nanochat.models import ARCHITECTURES, Config, arch_of
@@ -63,6 +64,7 @@ class Setup:
     bf16: bool = True  # autocast
     compiled: bool = True
     world_size: int = 1
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,11 @@ class Planner:
     def _start(self) -> TrainingTrace:
         with torch.device("meta"):
             model = ARCHITECTURES[arch_of(self.config)][0](self.config)
-        optimizer = make_optimizer(model, 1.0, 1.0, 1.0)  # rates take no memory
+        if self.setup.lora_rank:
+            add_lora(model, self.setup.lora_rank, alpha=1.0)
+            optimizer = lora_optimizer(model, 1.0)
+        else:
+            optimizer = make_optimizer(model, 1.0, 1.0, 1.0)  # rates take no memory
         _largest_share(optimizer, self.setup.world_size)
         return TrainingTrace(
             model,
@@ -185,7 +191,8 @@ def setup_of(info: DistInfo, args: TrainFlags) -> Setup:
     """The setup of this process: how --dtype and --compile will have it compute."""
     half = choose_precision(args.dtype, info.device).dtype != torch.float32
     compiled = choose_compile(args.compile, info.device, 0.0).on
-    return Setup(info.device.type, half, compiled, info.world_size)
+    rank = getattr(args, "lora_rank", 0)  # not every stage has it
+    return Setup(info.device.type, half, compiled, info.world_size, rank)
 
 
 def usable_memory(info: DistInfo) -> int:

@@ -131,8 +131,10 @@ def continued_optimizer(
         reason = "--load_optimizer=0"
     elif "imported" in start.meta:
         reason = f"{start.folder} was imported, without one"
-    elif start.meta.get("stage") == "rl":
-        reason = "RL's is of other gradients"
+    elif start.meta.get("args", {}).get("lora_rank"):
+        reason = "the checkpoint's is of LoRA's matrices, which are merged now"
+    elif start.meta.get("stage") in ("rl", "dpo"):
+        reason = f"{start.meta['stage'].upper()}'s is of other gradients"
     else:
         steps = start.meta.get("optimizer_steps", 0)
         try:

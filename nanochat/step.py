@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanochat.common import UserError, warn0
 from nanochat.compiling import CompiledStep, choose_compile
-from nanochat.dataloader import IGNORE, MicroBatch, StepLoader
+from nanochat.dataloader import MicroBatch, StepLoader
 from nanochat.distributed import DistInfo, all_reduce_sum
 from nanochat.flags import TrainFlags
 from nanochat.fp8 import Fp8, check_fp8
@@ -89,7 +89,8 @@ class TrainStep:
 
         The loss is the sum over trained tokens divided by their number in the whole step, on all
         ranks: how the batch is cut into micro-batches does not matter. With weights, each token's
-        loss is multiplied by its own before the sum. A step without a trained token changes
+        loss is multiplied by its own before the sum; a batch of another kind (DPO's pairs) counts
+        what it says. A step without a trained token changes
         nothing. `rates`: the learning rate's multiplier, Muon's momentum and the weight decay's
         multiplier. `stopping`: this rank would like to stop; stop_agreed says so to
         all."""
@@ -98,7 +99,7 @@ class TrainStep:
         # the passes are queued: by then it is there, and the device does not run dry.
         trained = torch.zeros((), dtype=torch.int64, device=self.info.device)
         for batch in batches:
-            trained += (batch.targets != IGNORE).sum()
+            trained += batch.count()
         tokens = sum(batch.idx.numel() for batch in batches)
         sums = [trained, torch.full_like(trained, tokens), torch.full_like(trained, stopping)]
         whole = all_reduce_sum(torch.stack(sums))
@@ -139,11 +140,7 @@ class TrainStep:
         with self.fp8.on() if self.fp8 else nullcontext():
             for batch in batches:
                 with self.precision.autocast():
-                    if batch.weights is None:
-                        loss = self.forward(batch.idx, batch.targets, reduction="sum")
-                    else:
-                        nll = self.forward(batch.idx, batch.targets, reduction="none")
-                        loss = (nll * batch.weights).sum()
+                    loss = batch.loss(self.forward)
                 self.scaler.scaled(loss / count).backward()
                 loss_sum += loss.detach()
         return loss_sum

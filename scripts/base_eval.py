@@ -47,7 +47,7 @@ class Args(flags.CacheFlags, flags.PrecisionFlags):
     """Evaluate a base model."""
 
     source: Annotated[flags.Source, flags.alias("-i")] = "base"
-    """Stage of the model: base, mid, sft or rl."""
+    """Stage of the model: base, mid, sft, rl or dpo."""
     model_tag: Annotated[str | None, flags.alias("-g")] = None
     """Tag of the model; default: the newest."""
     step: Annotated[int | None, flags.alias("-s")] = None

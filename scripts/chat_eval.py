@@ -41,7 +41,7 @@ class Args(flags.PrecisionFlags):
     """Evaluate a chat model on tasks."""
 
     source: Annotated[flags.Source, flags.alias("-i")] = "sft"
-    """Stage of the model: base, mid, sft or rl."""
+    """Stage of the model: base, mid, sft, rl or dpo."""
     model_tag: Annotated[str | None, flags.alias("-g")] = None
     """Tag of the model; default: the newest."""
     step: Annotated[int | None, flags.alias("-s")] = None

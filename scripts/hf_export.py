@@ -43,7 +43,7 @@ class Args:
     out: str
     """Folder to write; it must be empty or not there."""
     source: Annotated[flags.Source, flags.alias("-i")] = "sft"
-    """Stage of the model: base, mid, sft or rl."""
+    """Stage of the model: base, mid, sft, rl or dpo."""
     model_tag: Annotated[str | None, flags.alias("-g")] = None
     """Tag of the model; default: the newest."""
     step: Annotated[int | None, flags.alias("-s")] = None

@@ -24,6 +24,7 @@ TITLES = {
     "mid": "Midtraining (mid)",
     "sft": "Supervised finetuning (sft)",
     "rl": "Reinforcement learning (rl)",
+    "dpo": "Preference optimization (dpo)",
 }
 
 

@@ -35,6 +35,7 @@ KINDS = {
     "mid": "a chat model, midtrained",
     "sft": "a chat model, after supervised finetuning",
     "rl": "a chat model, after reinforcement learning",
+    "dpo": "a chat model, after preference optimization (DPO)",
 }
 
 USE = """\

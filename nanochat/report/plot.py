@@ -12,7 +12,7 @@ import numpy as np
 from nanochat.common import atomic_write
 from nanochat.report.runs import Run
 
-COLOURS = {"base": "#2f6690", "mid": "#8a5a9e", "sft": "#1f8a70", "rl": "#c8642b"}
+COLOURS = {"base": "#2f6690", "mid": "#8a5a9e", "sft": "#1f8a70", "rl": "#c8642b", "dpo": "#b03a5b"}
 _MARK = "#33312e"  # validation, in every panel
 _GREY = "#7a756d"
 
@@ -61,7 +61,8 @@ def _panel(axes: Any, run: Run) -> None:
     axes.plot(steps, values, color=colour, lw=0.8 if noisy else 1.8, alpha=0.3 if noisy else 1.0)
     if noisy:
         axes.plot(steps, smooth, color=colour, lw=1.8)
-    name = "reward" if run.rl else "training loss (nats per token)"
+    per = "pair" if run.stage == "dpo" else "token"
+    name = "reward" if run.rl else f"training loss (nats per {per})"
     axes.set_title(f"{run.stage}  {run.tag}", loc="left", fontsize=11, fontweight="bold")
     axes.set_ylabel(name, fontsize=9, color=colour)
     axes.set_xlabel("step", fontsize=9, color=_GREY)
