@@ -6,5 +6,5 @@ from typing import Any
 
 
 def letters(problem: Any, reply: str) -> int:
-    """Something that a model of a few steps earns now and then."""
-    return reply.count("e")
+    """Something that a model of a few steps earns, too."""
+    return len(reply)
