@@ -41,8 +41,9 @@ def policy_losses(
     """Each token's loss, 0 where there is no target: (B, T) -> (B, T). Differentiable.
 
     -min(r A, clip(r, 1 - clip, 1 + clip) A) with r the ratio of the token's probability to what it
-    was; clip=0 leaves r alone. Plus kl times exp(d) - d - 1 with d how much likelier the token was
-    by the reference: never negative, and KL(policy || reference) in the mean (Schulman's k3)."""
+    was; clip=0 leaves r alone. Plus kl times r (exp(d) - d - 1) with d how much likelier the token
+    is by the reference: never negative, and KL(policy || reference) in the mean (Schulman's k3);
+    it is r that makes the gradient, too, that of the divergence (arXiv 2512.02556)."""
     assert batch.advantages is not None
     old = log_probs.detach() if batch.old is None else batch.old
     ratio = (log_probs - old).exp()
@@ -52,7 +53,7 @@ def policy_losses(
     losses = -gain
     if kl and batch.reference is not None:
         d = batch.reference - log_probs
-        losses = losses + kl * (d.exp() - d - 1)
+        losses = losses + kl * ratio * (d.exp() - d - 1)
     return torch.where(batch.targets != IGNORE, losses, 0.0)
 
 
