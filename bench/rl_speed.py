@@ -10,7 +10,8 @@ The same random Qwen-shaped model in both, the same prompts; every reply runs to
 that both sample as many tokens. Sampling: our engine, log-probabilities included, and
 transformers' generate, which is what TRL samples with unless a vLLM server stands beside it.
 Training: one optimizer step on our replies, from rewards to new weights; TRL gets the replies as
-ids. In float32 on a CPU, bfloat16 (autocast for training) on a GPU. The rounds alternate; the
+ids. (Ours is Muon and AdamW, TRL's AdamW alone: with few tokens a step Muon's share shows.) In
+float32 on a CPU, bfloat16 (autocast for training) on a GPU. The rounds alternate; the
 medians count.
 """
 
@@ -144,7 +145,8 @@ def main(args: Args) -> None:
         engine = Engine(model, tokenizer)
         optimizer = make_optimizer(model, 1e-6, 1e-6, 1e-6, 0.0, 1.0)
         policy = Policy(model, model, rows)
-        sample(args, engine, autocast)  # warms up
+        warm, _ = sample(args, engine, autocast)
+        train_step(args, policy, optimizer, warm, autocast)
         for _ in range(args.rounds):
             with Seconds(device) as sampling:
                 rollouts, prompts = sample(args, engine, autocast)
@@ -158,6 +160,7 @@ def main(args: Args) -> None:
                 "task": "speed", "model": str(folder / "model"), "num_samples": NUM_SAMPLES,
                 "max_new_tokens": args.new_tokens, "rows": rows_of(rollouts, prompts),
                 "batch": args.device_batch_size, "threads": torch.get_num_threads(), "cuda": on_gpu,
+                "steps": 2,
             }  # fmt: skip
             answer = ask_trl(args.peer_python, folder, spec)
             found = answer["found"]

@@ -45,7 +45,7 @@ def make_trainer(spec: dict, case: dict, folder: Path):
         temperature=1.0, loss_type="dapo", beta=case["kl"], epsilon=case["clip"] or 1e9,
         epsilon_high=case["clip"] or 1e9, scale_rewards="group" if case["by_std"] else "none",
         mask_truncated_completions=False, use_bias_correction_kl=True,
-        gradient_checkpointing=False, max_steps=1,
+        gradient_checkpointing=False, max_steps=spec.get("steps", 1),
         learning_rate=0.0 if "batch" not in spec else 1e-6, disable_dropout=True,
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
@@ -93,13 +93,16 @@ def measure(spec: dict, case: dict, folder: Path) -> dict:
 
 
 def train(spec: dict, case: dict, folder: Path) -> dict:
-    """Seconds of one training step by Trainer.train, and tokens in its replies."""
+    """Seconds of the last training step by Trainer.train: the ones before warm up."""
     trainer = make_trainer(spec, case, folder)
-    begun = {}
+    begun = {"calls": 0}
     original = trainer.training_step
+    before = (spec["steps"] - 1) * trainer.args.gradient_accumulation_steps
 
     def timed(*args, **kwargs):
-        begun.setdefault("at", time.perf_counter())
+        if begun["calls"] == before:
+            begun["at"] = time.perf_counter()
+        begun["calls"] += 1
         return original(*args, **kwargs)
 
     trainer.training_step = timed
@@ -121,13 +124,14 @@ def generate(spec: dict) -> dict:
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     torch.manual_seed(0)
-    begun = time.perf_counter()
-    n = spec["max_new_tokens"]
     with torch.inference_mode():
-        out = model.generate(
-            ids, attention_mask=mask.to(ids.device), do_sample=True, temperature=1.0, top_k=0,
-            min_new_tokens=n, max_new_tokens=n, pad_token_id=0,
-        )  # fmt: skip
+        for n in (4, spec["max_new_tokens"]):  # the first warms up
+            begun = time.perf_counter()
+            out = model.generate(
+                ids, attention_mask=mask.to(ids.device), do_sample=True, temperature=1.0, top_k=0,
+                min_new_tokens=n, max_new_tokens=n, pad_token_id=0,
+            )  # fmt: skip
+            out = out.cpu()
     seconds = time.perf_counter() - begun
     return {"seconds": seconds, "tokens": (out.size(1) - longest) * len(prompts)}
 
