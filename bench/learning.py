@@ -82,7 +82,7 @@ def main(args: Args) -> None:
 def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> dict[str, Any]:
     """One run: validation bits per byte by tokens, minutes in steps, tokens a second."""
     tag = f"{arch}-d{depth}-s{seed}"
-    log = args.base_dir / "report" / f"train_base_{tag}.jsonl"
+    log = args.base_dir / "base_checkpoints" / tag / "log.jsonl"
     command = [
         f"--arch={arch}", f"--depth={depth}", f"--model_tag={tag}", f"--seed={seed}", "--resume",
         f"--data={args.data.resolve()}", "--max_seq_len=512", "--core_metric_every=-1",

@@ -111,15 +111,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         val_source = ConversationSource(val_mixture, tokenizer, seq_len + 1)
         val_reader = RowReader(val_source, seq_len + 1, 0, bos)
 
-    num_steps = args.num_iterations
-    if num_steps <= 0:
-        num_steps = max(1, round(args.num_epochs * reader.rows_per_epoch() / rows_per_step))
-        if num_steps < FEW_STEPS:
-            warn0(
-                f"--num_epochs={args.num_epochs:g} is over in {num_steps} steps of "
-                f"--total_batch_size={args.total_batch_size:,} tokens; a smaller batch or more "
-                "epochs give the model more steps to learn in"
-            )
+    num_steps = num_steps_of(args, reader, rows_per_step)
     rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
     optimizer = continued_optimizer(
         lambda: make_optimizer(model, *rates, args.init_lr_frac), args, start, info.device
@@ -160,6 +152,20 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         )
         decay = decay_multiplier(step, num_steps)
         trainer.step(loader.step(step), lr_mul, muon_momentum(step), decay)
+
+
+def num_steps_of(args: ConversationFlags, reader: RowReader, rows_per_step: int) -> int:
+    """--num_iterations, or as many as --num_epochs over the mixture take; few are warned about."""
+    if args.num_iterations > 0:
+        return args.num_iterations
+    num_steps = max(1, round(args.num_epochs * reader.rows_per_epoch() / rows_per_step))
+    if num_steps < FEW_STEPS:
+        warn0(
+            f"--num_epochs={args.num_epochs:g} is over in {num_steps} steps of "
+            f"--total_batch_size={args.total_batch_size:,} tokens; a smaller batch or more "
+            "epochs give the model more steps to learn in"
+        )
+    return num_steps
 
 
 def validation_loss(

@@ -179,13 +179,13 @@ class HorizonFlags(ScheduleFlags, TrainFlags):
     """Tokens in one optimizer step, over all ranks; -1: by the tokens that are trained on."""
     embedding_lr: float = -1.0
     """AdamW learning rate of the token embedding, for a width of 768; -1: 0.3 at the batch that
-    --total_batch_size=-1 gives, and by the root of the batch at another."""
+    --total_batch_size=-1 gives, and by the root of the batch at a smaller one."""
     unembedding_lr: float = -1.0
     """AdamW learning rate of the output head, for a width of 768; -1: 0.008, likewise."""
     matrix_lr: float = -1.0
     """Muon learning rate of the weight matrices; -1: 0.02, likewise."""
     scalar_lr: float = -1.0
-    """AdamW learning rate of --arch=turbo's scalars; -1: 0.5, likewise."""
+    """AdamW learning rate of --arch=turbo's scalars; -1: 0.1, likewise."""
     weight_decay: float = -1.0
     """Decoupled, cautious weight decay of the matrices, falling to 0 over the run; -1: 0.28."""
     warmup_steps: int = 40

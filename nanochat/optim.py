@@ -349,7 +349,7 @@ ADAMW_KINDS = {
     "vector": AdamWKind("unembedding_lr"),  # norm weights and biases
     "residual_scale": AdamWKind("scalar_lr", 0.01),  # each moves the whole stream
     "embedding_scale": AdamWKind("scalar_lr", betas=(0.96, 0.95)),
-    "gate": AdamWKind("scalar_lr", 0.4),
+    "gate": AdamWKind("scalar_lr", 2.0),
 }
 
 
@@ -360,7 +360,7 @@ def make_optimizer(
     matrix_lr: float,
     weight_decay: float = 0.0,
     lr_frac: float = 1.0,
-    scalar_lr: float = 0.5,
+    scalar_lr: float = 0.1,
 ) -> MuonAdamW:
     """The optimizer for a model of ours. AdamW rates are for width 768 and scale by 1/sqrt(width);
     `lr_frac` scales all of them (finetuning). Only matrices decay: rows of tables that are seldom

@@ -33,12 +33,12 @@ def settle_horizon(args: HorizonFlags, model: Any, tokens_per_round: int) -> int
         tokens = float(args.num_iterations * args.total_batch_size)
     else:  # so many steps of a batch that is not typed: the batch of a run of full length
         tokens = schedule.num_tokens(*horizons, **sizes)
-    best = schedule.batch_size(tokens, tokens_per_round)
     chosen: list[str] = []
     if args.total_batch_size < 0:
-        args.total_batch_size = best
-        chosen.append(f"--total_batch_size={best}")
-    rates = schedule.base_rates(args.total_batch_size / best)
+        args.total_batch_size = schedule.batch_size(tokens, tokens_per_round)
+        chosen.append(f"--total_batch_size={args.total_batch_size}")
+    # The same on any number of ranks: a round of theirs may be more than the batch
+    rates = schedule.base_rates(args.total_batch_size / schedule.batch_size(tokens, 1))
     for flag, value in rates.items():
         if getattr(args, flag) < 0:
             setattr(args, flag, value)

@@ -440,9 +440,7 @@ def test_the_state_of_an_older_optimizer_is_refused(tmp_path: Path) -> None:
     state = {n: t for n, t in optimizer.state_dict().items() if not n.endswith("/neuron_moment")}
     assert len(state) == len(MATRICES) + 2 * len(OTHERS)
     save_file(state, tmp_path / "optim.safetensors")
-    with pytest.raises(
-        UserError, match=r"neuron_moment: another version.*train on from its weights"
-    ):
+    with pytest.raises(UserError, match=r"(?s)neuron_moment: another version.*weights"):
         optimizer.load_state_dict(optim_reader(tmp_path), 1)
 
 
@@ -492,7 +490,7 @@ def test_the_additions_of_turbo_have_rates_of_their_own() -> None:
             kind = next(k for k, ps in model.param_groups().items() if groups_hold(ps, g))
             how = ADAMW_KINDS[kind]
             assert how.rate == "scalar_lr" and g.betas == how.betas
-            assert g.lr == pytest.approx(0.5 * how.share * 0.5)
+            assert g.lr == pytest.approx(0.1 * how.share * 0.5)
 
 
 def groups_hold(tensors: list[Tensor], group: ParamGroup) -> bool:

@@ -29,14 +29,24 @@ def test_an_untyped_run_is_the_one_its_size_wants(capsys: pytest.CaptureFixture[
     )
 
 
-def test_what_is_typed_stays_and_a_typed_batch_moves_the_rates() -> None:
+def test_what_is_typed_stays_and_a_smaller_batch_lowers_the_rates() -> None:
     model = model_of("gpt")
     best = HorizonFlags()
-    settle_horizon(best, model, 64)
-    args = HorizonFlags(total_batch_size=4 * best.total_batch_size, matrix_lr=0.5)
-    settle_horizon(args, model, 64)
-    assert args.total_batch_size == 4 * best.total_batch_size and args.matrix_lr == 0.5
-    assert args.embedding_lr == pytest.approx(2 * best.embedding_lr)
+    settle_horizon(best, model, 1)
+    args = HorizonFlags(total_batch_size=best.total_batch_size // 4, matrix_lr=0.5)
+    settle_horizon(args, model, 1)
+    assert args.total_batch_size == best.total_batch_size // 4 and args.matrix_lr == 0.5
+    assert args.embedding_lr == pytest.approx(best.embedding_lr / 2)
+
+
+def test_rates_do_not_depend_on_the_number_of_ranks() -> None:
+    """A run that is resumed on more ranks, whose rounds are larger, is the same run."""
+    model, found = model_of("gpt"), []
+    for tokens_per_round in (64, 128, 192, 1 << 20):
+        args = HorizonFlags(num_iterations=6, total_batch_size=64)
+        settle_horizon(args, model, tokens_per_round)
+        found.append([getattr(args, name) for name in base_rates(1)])
+    assert all(rates == found[0] for rates in found)
 
 
 def test_a_few_steps_are_steps_of_the_batch_of_a_whole_run() -> None:
@@ -53,7 +63,7 @@ def test_steps_and_batch_typed_are_a_horizon_of_their_own() -> None:
     """The rates are those of the tokens that are trained on, not of a run of full length."""
     args = HorizonFlags(num_iterations=500, total_batch_size=256)
     assert settle_horizon(args, model_of("gpt"), 64) == 500
-    assert args.matrix_lr == base_rates(256 / batch_size(500 * 256, 64))["matrix_lr"]
+    assert args.matrix_lr == base_rates(256 / batch_size(500 * 256, 1))["matrix_lr"]
 
 
 @pytest.mark.parametrize(

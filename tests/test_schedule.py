@@ -99,11 +99,12 @@ def test_a_short_run_gets_steps_rather_than_a_large_batch() -> None:
     assert all(10.0**e / size > 350 for e, size in zip(range(3, 13), sizes, strict=True))
 
 
-def test_rates_go_with_the_root_of_a_batch_that_was_typed() -> None:
-    one, four = base_rates(1), base_rates(4)
-    assert one["matrix_lr"] == 0.02 and one["weight_decay"] == four["weight_decay"]
+def test_rates_go_with_the_root_of_a_smaller_batch() -> None:
+    one, quarter = base_rates(1), base_rates(0.25)
+    assert one["matrix_lr"] == 0.02 and one["weight_decay"] == quarter["weight_decay"]
     for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr"):
-        assert four[name] == pytest.approx(2 * one[name])
+        assert quarter[name] == pytest.approx(one[name] / 2)
+    assert base_rates(100) == one, "a few steps of a large batch must not blow up"
 
 
 def test_accumulation_by_hand() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanochat import compiling, step
-from nanochat.checkpoint import list_steps, read_meta, step_dir
+from nanochat.checkpoint import LOG, list_steps, read_meta, run_dir, step_dir
 from nanochat.common import UserError
 from nanochat.compiling import Choice
 from nanochat.dataloader import MicroBatch
@@ -23,7 +23,7 @@ from tests.test_train_saving import copy_of, drive, make_trainer, run, same, tak
 
 
 def rows(base_dir: Path, event: str = "step") -> list[dict[str, Any]]:
-    lines = (base_dir / "report" / "train_base_t.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run_dir("base", "t") / LOG).read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if event in ("", row["event"])]
 
 
@@ -54,7 +54,7 @@ def test_rows_that_come_late_are_the_same_rows_in_the_same_order(
             for row in rows(own_base_dir, "")
         ])  # fmt: skip
         meta = read_meta(step_dir("base", "t", 2))
-        before = own_base_dir / "report" / "train_base_t.jsonl"
+        before = run_dir("base", "t") / LOG
         log = before.read_bytes()[: meta["log_size"]].decode()
         assert [json.loads(line)["event"] for line in log.splitlines()][-2:] == ["step", "eval"]
         assert meta["state"]["tokens"] == 2 * 16
@@ -71,7 +71,7 @@ def test_a_late_row_is_before_the_save_that_a_signal_asks_for(own_base_dir: Path
     (saved,) = list_steps("base", "t")
     meta = read_meta(step_dir("base", "t", saved))
     assert saved == 2 and [row["step"] for row in rows(own_base_dir)] == [1, 2]
-    assert meta["log_size"] == (own_base_dir / "report" / "train_base_t.jsonl").stat().st_size
+    assert meta["log_size"] == (run_dir("base", "t") / LOG).stat().st_size
 
 
 def test_tokens_per_second_are_all_tokens_of_a_step_by_its_time(own_base_dir: Path) -> None:

@@ -97,7 +97,7 @@ def test_resume_refuses_what_differs(base: Path) -> None:
                         ("--matrix_lr=0.01", "--matrix_lr"), ("--warmup_steps=2", "--warmup_steps"),
                         ("--num_iterations=9", "--num_iterations"),
                         ("--source_tag=d2", "starting checkpoint")]:  # fmt: skip
-        with pytest.raises(UserError, match=f"step_000003: its {named} was .*, now it is "):
+        with pytest.raises(UserError, match=f"step_000003: .*its {named} was .*, now it is "):
             run_stage("base_train", *argv, flag, "--resume_from_step=3")
     other = base / "other.txt"
     other.write_text(
