@@ -23,6 +23,10 @@ from nanochat.dataloader import IGNORE, MicroBatch
 
 Forward = Callable[..., Tensor]
 
+# Replies whose log-probabilities are compared with the engine's each step, if no pass over all of
+# them is needed for another reason: that would cost as much as a third of the step.
+COMPARED_ROWS = 8
+
 
 @dataclass
 class PolicyBatch(MicroBatch):
@@ -103,13 +107,13 @@ class Policy:
         `several_steps` will be taken on them.
 
         Returns sums over the tokens looked at: "tokens", "diff" and "diff_max" of |engine - model|,
-        and "kl". Where nothing else is needed only the last batch is looked at, the one with the
-        longest replies, where the cache has gone furthest: a pass over all of them costs as much as
-        a third of the step."""
+        and "kl". Where nothing else is needed only COMPARED_ROWS of the longest replies are looked
+        at, where the cache has gone furthest."""
         self.batches = batches
         found = {"tokens": 0.0, "diff": 0.0, "diff_max": 0.0, "kl": 0.0}
         all_of_them = several_steps or self.reference is not None
-        for batch in batches if all_of_them else batches[-1:]:
+        some = [_last_rows(batch, COMPARED_ROWS) for batch in batches[-1:]]
+        for batch in batches if all_of_them else some:
             kept = batch.targets != IGNORE
             log_probs = -self.plain(batch.idx, batch.targets, reduction="none")
             if several_steps:
@@ -131,6 +135,11 @@ class Policy:
         batch = next(batch for batch in self.batches if batch.idx is idx)
         log_probs = -self.forward(idx, targets, reduction="none")
         return policy_losses(log_probs, batch, self.clip, self.kl).sum()
+
+
+def _last_rows(batch: PolicyBatch, count: int) -> PolicyBatch:
+    sampled = None if batch.sampled is None else batch.sampled[-count:]
+    return PolicyBatch(batch.idx[-count:], batch.targets[-count:], sampled=sampled)
 
 
 def frozen_copy(model: Any) -> Any:

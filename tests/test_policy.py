@@ -231,11 +231,12 @@ def test_the_engines_log_probabilities_are_the_trainers(
     )
 
 
-def test_only_the_last_batch_is_looked_at_if_nothing_else_is_needed(padded: Engine) -> None:
-    batches = to_batches(rollouts_of(padded), 5, 0, CPU)
-    found = Policy(padded.model, padded.model, 400).begin(batches)
-    assert found["tokens"] == int((batches[-1].targets != IGNORE).sum())
-    assert all(b.old is None and b.reference is None for b in batches)
+def test_only_a_few_replies_are_looked_at_if_nothing_else_is_needed(padded: Engine) -> None:
+    for size in (3, 5, 12):
+        batches = to_batches(rollouts_of(padded), size, 0, CPU)
+        found = Policy(padded.model, padded.model, 400).begin(batches)
+        assert found["tokens"] == int((batches[-1].targets[-8:] != IGNORE).sum()) > 0
+        assert all(b.old is None and b.reference is None for b in batches)
     assert Policy(padded.model, padded.model, 400).begin([])["tokens"] == 0
 
 
