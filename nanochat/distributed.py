@@ -156,6 +156,15 @@ def sum_over_ranks(*values: float, device: torch.device | str = "cpu") -> list[f
     return all_reduce_sum(torch.tensor(values, dtype=dtype, device=device)).tolist()
 
 
+def max_over_ranks(value: float, device: torch.device | str = "cpu") -> float:
+    """The largest of the ranks' numbers."""
+    if not is_distributed():
+        return float(value)
+    tensor = torch.tensor(value, dtype=torch.float32, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if is_distributed():

@@ -155,6 +155,14 @@ def sample(
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0].tolist()
 
 
+def log_probs_of(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """The log-probability of one token for each row of (R, V) logits, at temperature 1 and among
+    all V: what a model that is trained on the token is told, whatever it was sampled with."""
+    logits = logits.float()
+    ids = torch.tensor(tokens, device=logits.device)
+    return (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+
+
 class ToolUse:
     """The calculator, as a state machine over a row's tokens.
 
@@ -238,12 +246,14 @@ class Engine:
         top_k: int | None = None,
         seed: int | Sequence[int] = 42,
         stopped: Callable[[], bool] = lambda: False,
+        log_probs: list[list[float]] | None = None,
     ) -> Iterator[list[tuple[int, int, int]]]:
         """Yields, step by step, (row, token, mask) for the rows still going.
 
         Rows are prompt-major: row = prompt * num_samples + sample. mask is 1 for a sampled token, 0
         for a forced one (tool output). A row ends after a stop token or max_tokens tokens. `seed`
-        may be one for each prompt."""
+        may be one for each prompt. `log_probs`, a list for each row, is added to: log_probs_of each
+        token, 0 for a forced one."""
         if max_tokens < 1 or num_samples < 1:
             return
         seeds = [
@@ -261,7 +271,12 @@ class Engine:
         ]
         while not stopped():
             uniforms = [row.random.random() for row in rows]
-            sampled = sample(logits[:, : self.vocab_size], temperature, top_k, uniforms)
+            logits = logits[:, : self.vocab_size]
+            sampled = sample(logits, temperature, top_k, uniforms)
+            if log_probs is not None:
+                for row, value in zip(rows, log_probs_of(logits, sampled)):
+                    if not row.done:
+                        log_probs[row.index].append(0.0 if row.forced else value)
             yield [self._take(row, token) for row, token in zip(rows, sampled) if not row.done]
             going = []
             for i, row in enumerate(rows):
@@ -318,11 +333,14 @@ class Engine:
         top_k: int | None = None,
         seed: int | Sequence[int] = 42,
         stopped: Callable[[], bool] = lambda: False,
+        log_probs: list[list[float]] | None = None,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """(sequences, masks), one for each prompt and sample, prompt-major.
 
         `tokens` is one prompt or a list of prompts. A sequence begins with its prompt (mask 0) and
-        includes the stop token if the model wrote one. `stopped()` ends all of them early."""
+        includes the stop token if the model wrote one. `stopped()` ends all of them early. An empty
+        list as `log_probs` is filled with one list for each sequence, aligned with it: 0 for the
+        prompt and for forced tokens, log_probs_of the others."""
         prompts: list[list[int]] = (
             [list(tokens)]  # type: ignore[arg-type]
             if tokens and isinstance(tokens[0], int)
@@ -330,8 +348,10 @@ class Engine:
         )
         sequences = [list(p) for p in prompts for _ in range(num_samples)]
         masks = [[0] * len(s) for s in sequences]
+        if log_probs is not None:
+            log_probs[:] = [[0.0] * len(s) for s in sequences]
         for events in self.stream(
-            prompts, num_samples, max_tokens, temperature, top_k, seed, stopped
+            prompts, num_samples, max_tokens, temperature, top_k, seed, stopped, log_probs
         ):
             for row, token, sampled in events:
                 sequences[row].append(token)

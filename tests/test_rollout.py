@@ -1,5 +1,5 @@
 """
-Reinforcement learning's arithmetic against a dense reference, one token at a time.
+Which problems, which replies, and what of them is trained. The loss: test_policy.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.dataloader import IGNORE
@@ -21,6 +20,7 @@ from nanochat.rollout import (
     advantages,
     problem_order,
     sample_rollouts,
+    spare_problems,
     to_batches,
 )
 from tests.models_for_tests import tiny_model
@@ -58,6 +58,22 @@ def test_advantages_are_distances_from_the_mean_of_the_group() -> None:
     ]
 
 
+def test_by_the_deviation_every_group_weighs_alike() -> None:
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0], [5.0, 5.0, 5.0, 5.0], [0.0, 0.0, 0.0, 20.0]])
+    found = advantages(rewards, by_std=True)
+    for row, group in zip(found[[0, 2]], rewards[[0, 2]].tolist()):
+        mean = sum(group) / 4
+        std = (sum((r - mean) ** 2 for r in group) / 3) ** 0.5
+        assert row.tolist() == pytest.approx([(r - mean) / std for r in group])
+    assert found[1].tolist() == [0.0] * 4
+
+
+def test_rounding_is_no_variance() -> None:
+    rollouts = make_rollouts()
+    rollouts.rewards = np.array([[0.1 + 0.2, 0.3, 0.3, 0.3], [0, 0, 0, 0], [0, 0, 0, 1e-9]])
+    assert rollouts.useful.tolist() == [False, False, True]
+
+
 # ---- batches -------------------------------------------------------------------------------------
 
 STOP = 90
@@ -77,47 +93,8 @@ def make_rollouts() -> Rollouts:
         masks.append(mask)
     rewards = np.array([[1.0, 0.0, 0.0, 0.25], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 3.0, 0.0]])
     lengths = np.array([sum(m) for m in masks]).reshape(3, 4)
-    return Rollouts(sequences, masks, rewards, lengths, np.ones((3, 4), dtype=bool))
-
-
-def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def dense_loss(model: Any, rollouts: Rollouts) -> Tensor:
-    """-log p * advantage, summed token by token over the sampled ones, over their number."""
-    total, count = torch.zeros(()), 0
-    for i, (sequence, mask) in enumerate(zip(rollouts.sequences, rollouts.masks)):
-        group = rollouts.rewards[i // 4]
-        if all(reward == group[0] for reward in group):
-            continue
-        advantage = group[i % 4] - sum(group) / 4
-        for at in range(1, len(sequence)):
-            if mask[at]:
-                log_probs = model(torch.tensor([sequence[:at]]))[0, -1].log_softmax(-1)
-                total = total - log_probs[sequence[at]] * float(advantage)
-                count += 1
-    return total / count
-
-
-@pytest.mark.parametrize("arch", ["gpt", "turbo", "qwen2.5"])
-def test_the_gradient_is_the_dense_references_however_it_is_batched(arch: str) -> None:
-    """With remainders: 8 useful replies in micro-batches of 1, 2, 3, 5, 8 and 100."""
-    model, rollouts = tiny_model(arch), make_rollouts()
-    wanted = gradients(model, dense_loss(model, rollouts))
-    for size in (1, 2, 3, 5, 8, 100):
-        batches = to_batches(rollouts, size, pad_id=0, device=CPU)
-        assert [len(b.idx) for b in batches] == [min(size, 8 - at) for at in range(0, 8, size)]
-        count = sum(int((b.targets != IGNORE).sum()) for b in batches)
-        loss = torch.zeros(())
-        for b in batches:  # as Trainer.step sums them
-            assert b.weights is not None
-            loss = loss + (model(b.idx, b.targets, reduction="none") * b.weights).sum()
-        for name, gradient in gradients(model, loss / count).items():
-            assert wanted[name].abs().max() > 1e-7, f"{name} says nothing"
-            assert torch.allclose(gradient, wanted[name], atol=2e-6, rtol=1e-4), (name, size)
+    log_probs = [(-3.0 * rng.random(len(m)) * m).tolist() for m in masks]
+    return Rollouts(sequences, masks, rewards, lengths, np.ones((3, 4), dtype=bool), log_probs)
 
 
 def test_what_is_trained_is_what_was_sampled() -> None:
@@ -142,16 +119,19 @@ def test_what_is_trained_is_what_was_sampled() -> None:
     assert sorted(found) == wanted
 
 
-def test_weights_are_the_advantages_of_their_rows() -> None:
+def test_advantages_and_log_probabilities_stand_in_their_rows() -> None:
     rollouts = make_rollouts()
-    by_reply = {
-        tuple(s[:-1]): a for s, a in zip(rollouts.sequences, advantages(rollouts.rewards).flat)
-    }
+    flat = advantages(rollouts.rewards).flatten()
+    by_reply = {tuple(s[:-1]): i for i, s in enumerate(rollouts.sequences)}
     for b in to_batches(rollouts, 3, pad_id=95, device=CPU):
-        assert b.weights is not None and b.weights.shape == b.idx.shape
-        for idx, weights in zip(b.idx.tolist(), b.weights.tolist()):
-            reply = tuple(t for t in idx if t != 95)
-            assert weights == pytest.approx([by_reply[reply]] * len(weights))
+        assert b.advantages is not None and b.advantages.shape == (len(b.idx), 1)
+        assert b.sampled is not None and b.sampled.shape == b.idx.shape and b.weights is None
+        rows = zip(b.idx.tolist(), b.advantages[:, 0].tolist(), b.sampled.tolist())
+        for idx, advantage, log_probs in rows:
+            i = by_reply[tuple(t for t in idx if t != 95)]
+            assert advantage == pytest.approx(flat[i])
+            padding = [0.0] * (len(idx) + 1 - len(rollouts.log_probs[i]))
+            assert log_probs == pytest.approx(rollouts.log_probs[i][1:] + padding)
 
 
 def test_replies_of_similar_length_share_a_batch() -> None:
@@ -159,10 +139,26 @@ def test_replies_of_similar_length_share_a_batch() -> None:
     assert lengths == sorted(lengths) and len(set(lengths)) > 1
 
 
+def test_remainders_are_batches_too() -> None:
+    """8 useful replies in micro-batches of 1, 2, 3, 5, 8 and 100: none is left out."""
+    for size in (1, 2, 3, 5, 8, 100):
+        sizes = [len(b.idx) for b in to_batches(make_rollouts(), size, pad_id=0, device=CPU)]
+        assert sizes == [min(size, 8 - at) for at in range(0, 8, size)]
+
+
 def test_groups_without_variance_give_no_batches() -> None:
     rollouts = make_rollouts()
     rollouts.rewards[:] = 1.0
     assert to_batches(rollouts, 4, pad_id=0, device=CPU) == []
+
+
+def test_further_problems() -> None:
+    """None twice in a step, none that is there already, and not more than there are."""
+    assert spare_problems(9, 5, [3, 4], 0) == []
+    found = spare_problems(9, 5, [3, 4], 5)
+    assert len(set(found)) == 5 and not {3, 4} & set(found)
+    assert sorted(spare_problems(9, 5, [3, 4], 100)) == [0, 1, 2, 5, 6, 7, 8]
+    assert found != spare_problems(9, 6, [3, 4], 5)
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -200,9 +196,14 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def sample(engine: Engine, problems: list[int], **changes: Any) -> Rollouts:
+    task = Longest()
+    return sample_rollouts(engine, task, problems, reward=task.reward, **{**SETTINGS, **changes})
+
+
 def test_rollouts_hold_what_was_sampled_and_what_it_earned(engine: Engine) -> None:
     task = Longest()
-    rollouts = sample_rollouts(engine, task, [4, 9], **SETTINGS)
+    rollouts = sample_rollouts(engine, task, [4, 9], reward=task.reward, **SETTINGS)
     assert rollouts.rewards.shape == rollouts.lengths.shape == rollouts.ended.shape == (2, 3)
     for i, (sequence, mask) in enumerate(zip(rollouts.sequences, rollouts.masks)):
         problem = [4, 9][i // 3]
@@ -217,21 +218,34 @@ def test_rollouts_hold_what_was_sampled_and_what_it_earned(engine: Engine) -> No
 
 
 def test_replies_do_not_depend_on_the_rank_a_problem_falls_to(engine: Engine) -> None:
-    together = sample_rollouts(engine, Longest(), [4, 9, 2], **SETTINGS)
+    together = sample(engine, [4, 9, 2])
     for rank, problem in enumerate([4, 9, 2]):
-        alone = sample_rollouts(engine, Longest(), [problem], **SETTINGS)
+        alone = sample(engine, [problem])
         assert alone.sequences == together.sequences[3 * rank : 3 * rank + 3]
-    other = sample_rollouts(engine, Longest(), [4], **{**SETTINGS, "seed": 6})
+    other = sample(engine, [4], seed=6)
     assert other.sequences != together.sequences[:3]
 
 
-def test_a_reward_that_is_not_finite_is_refused(engine: Engine) -> None:
-    class Broken(Longest):
-        def reward(self, conversation: dict[str, Any], reply: str) -> float:
-            return float("nan")
+def test_a_rank_without_a_problem_has_no_replies(engine: Engine) -> None:
+    nothing = sample(engine, [])
+    assert nothing.rewards.shape == (0, 3) and nothing.useful.tolist() == []
+    assert to_batches(nothing, 2, pad_id=0, device=CPU) == []
+    some = sample(engine, [4, 9])
+    for both in (nothing + some, some + nothing):
+        assert both.sequences == some.sequences and (both.rewards == some.rewards).all()
+        assert both.log_probs == some.log_probs and both.ended.dtype == bool
 
-    with pytest.raises(UserError, match="reward of problem 9 is nan"):
-        sample_rollouts(engine, Broken(), [9], **SETTINGS)
+
+def test_further_replies_come_after_the_first(engine: Engine) -> None:
+    both, at_once = sample(engine, [4]) + sample(engine, [9, 2]), sample(engine, [4, 9, 2])
+    assert both.sequences == at_once.sequences and both.masks == at_once.masks
+    assert (both.rewards == at_once.rewards).all() and (both.lengths == at_once.lengths).all()
+
+
+def test_a_reward_that_is_not_finite_is_refused(engine: Engine) -> None:
+    task = Longest()
+    with pytest.raises(UserError, match=r"reward of problem 9 is nan.*problem: 'Problem 9!"):
+        sample_rollouts(engine, task, [9], reward=lambda problem, reply: float("nan"), **SETTINGS)
 
 
 def test_rollouts_are_broken_off(engine: Engine) -> None:
@@ -242,5 +256,5 @@ def test_rollouts_are_broken_off(engine: Engine) -> None:
         asked += 1
         return asked > 4
 
-    rollouts = sample_rollouts(engine, Longest(), [4, 9], **SETTINGS, stopped=stopped)
+    rollouts = sample(engine, [4, 9], stopped=stopped)
     assert rollouts.lengths.max() == 4 and rollouts.rewards.shape == (2, 3)

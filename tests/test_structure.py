@@ -40,13 +40,13 @@ FLOORS = {
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "tasks", "text_source"], 2),
     "lora": 2.25,
-    **dict.fromkeys(["plan", "primer"], 2.5),
+    **dict.fromkeys(["plan", "primer", "rewards"], 2.5),
     "trial": 2.75,
     **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
     "meter": 3,
     **dict.fromkeys(["hf_export", "hf_import", "recipe", "start", "step"], 3.5),
     **dict.fromkeys(["gguf", "record"], 3.75),
-    **dict.fromkeys(["evals", "preview", "report", "serve", "train"], 4),
+    **dict.fromkeys(["evals", "policy", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["dpo", "finetune", "rollout"], 4.5),
 }
 MAX_LINES = 450

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -9,37 +10,47 @@ import pytest
 from nanochat.common import UserError
 from nanochat.execution import calculate
 from nanochat.tasks.common import Rows, read_rows
-from nanochat.tasks.gsm8k import GSM8K, extract_answer, solution_parts
+from nanochat.tasks.gsm8k import GSM8K, extract_answer, extract_lenient, solution_parts
+from tests.tasks.answers_for_tests import FRAMES, LENIENT, NUMBERS, STRICT, Case
 from tests.tasks.data_for_tests import shared
 
 
+@pytest.mark.parametrize(("kind", "cases"), STRICT, ids=[kind for kind, _ in STRICT])
+def test_spellings_of_an_answer(kind: str, cases: tuple[Case, ...]) -> None:
+    read = [(text, extract_answer(text)) for text, _ in cases]
+    assert [case for case in read if case not in cases] == []
+
+
+def test_any_number_in_any_frame() -> None:
+    for frame in FRAMES:
+        for number, value in NUMBERS:
+            assert extract_answer(frame.format(number)) == value, frame.format(number)
+
+
+def test_there_are_hundreds_of_them() -> None:
+    assert sum(len(cases) for _, cases in STRICT) > 200 and len(NUMBERS) * len(FRAMES) > 300
+
+
+def test_an_answer_in_a_reply_that_does_not_know_the_format() -> None:
+    read = [(text, extract_lenient(text)) for text, _ in LENIENT]
+    assert [case for case in read if case not in LENIENT] == []
+    for _, cases in STRICT:  # where the format is kept, nothing else counts
+        for text, value in cases:
+            if value is not None:
+                assert extract_lenient(text) == value
+
+
 @pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so it is\n#### 72", "72"),
-        ("####72", "72"),
-        ("#### 1,200", "1200"),
-        ("#### $1,200.50.", "1200.5"),
-        ("#### -5", "-5"),
-        ("#### -$5", "-5"),
-        ("#### $-5", "-5"),
-        ("#### 3.00", "3"),
-        ("#### .5", "0.5"),
-        ("#### 007", "7"),
-        ("#### -0", "0"),
-        ("#### 12 apples", "12"),
-        ("#### 1 #### 2", "1"),
-        ("#### what? #### 2", "2"),
-        ("72", None),
-        ("#### seventy", None),
-        ("####", None),
-        ("### 72", None),
-        ("#### ,", None),
-        ("", None),
-    ],
-)
-def test_extract_answer(text: str, answer: str | None) -> None:
-    assert extract_answer(text) == answer
+    "babble",
+    ["#### " + "1,23" * 5000, "$ " * 9000, "*" * 20000, "- " * 9000, "####" * 5000, "1 " * 9000,
+     "#### " + "\\boxed{" * 4000, "answer is " * 2000, "1" * 20000, "1," * 9000],
+)  # fmt: skip
+def test_babble_takes_no_time(babble: str) -> None:
+    """Nothing in the patterns goes back and forth over a long reply: that would take minutes."""
+    began = time.process_time()
+    extract_answer(babble)
+    extract_lenient(babble)
+    assert time.process_time() - began < 3
 
 
 def test_annotations_become_tool_calls() -> None:

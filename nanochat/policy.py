@@ -1,0 +1,150 @@
+"""
+Reinforcement learning's loss, and the model as the policy that it is trained on.
+
+Each sampled token of a reply is made likelier by its reply's advantage. With several steps on the
+same replies the model is no longer the one that wrote them: then the ratio of the probabilities
+weighs each token, and may be clipped (PPO, arXiv 1707.06347). A penalty can hold the policy near
+the model that it began as (GRPO, arXiv 2402.03300). Floor 4.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from nanochat.common import print0
+from nanochat.dataloader import IGNORE, MicroBatch
+
+Forward = Callable[..., Tensor]
+
+# Replies whose log-probabilities are compared with the engine's each step, if no pass over all of
+# them is needed for another reason: that would cost as much as a third of the step.
+COMPARED_ROWS = 8
+
+
+@dataclass
+class PolicyBatch(MicroBatch):
+    """Replies to train on. Everything is (B, T) and stands where the targets stand; what is not
+    sampled (prompt, tool output, padding) has no target and counts nothing."""
+
+    advantages: Tensor | None = None  # (B, T) or (B, 1), float32
+    sampled: Tensor | None = None  # the engine's log-probabilities
+    old: Tensor | None = None  # those before the first step on these replies; None: as they are now
+    reference: Tensor | None = None  # those of the model that training began with
+
+
+def policy_losses(
+    log_probs: Tensor, batch: PolicyBatch, clip: float = 0.0, kl: float = 0.0
+) -> Tensor:
+    """Each token's loss, 0 where there is no target: (B, T) -> (B, T). Differentiable.
+
+    -min(r A, clip(r, 1 - clip, 1 + clip) A) with r the ratio of the token's probability to what it
+    was; clip=0 leaves r alone. Plus kl times r (exp(d) - d - 1) with d how much likelier the token
+    is by the reference: never negative, and KL(policy || reference) in the mean (Schulman's k3);
+    it is r that makes the gradient, too, that of the divergence (arXiv 2512.02556)."""
+    assert batch.advantages is not None
+    old = log_probs.detach() if batch.old is None else batch.old
+    ratio = (log_probs - old).exp()
+    gain = ratio * batch.advantages
+    if clip:
+        gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * batch.advantages)
+    losses = -gain
+    if kl and batch.reference is not None:
+        d = batch.reference - log_probs
+        losses = losses + kl * ratio * (d.exp() - d - 1)
+    return torch.where(batch.targets != IGNORE, losses, 0.0)
+
+
+def within(model: Any, forward: Forward, vocab_size: int) -> Forward:
+    """The model's forward with the first `vocab_size` rows of its head alone.
+
+    A model may have more rows than its tokenizer has ids. The engine never samples those, so they
+    are no part of what it draws from and must be none of what is trained: else the probabilities
+    of the two differ by all that those rows hold."""
+    if model.config.vocab_size == vocab_size:
+        return forward
+    head = model.param_groups()["head"][0]
+    name = next(name for name, p in model.named_parameters() if p is head)
+
+    def narrow(*args: Any, **kwargs: Any) -> Tensor:
+        # The plain module, compiled or not: parameters cannot be exchanged in a compiled one
+        return functional_call(model, {name: head[:vocab_size]}, args, kwargs)
+
+    return narrow
+
+
+class Policy:
+    """The model in training, in the place of its forward in the training step.
+
+    `begin(batches)` says what the next steps train on; the step then calls it for each of them."""
+
+    def __init__(
+        self,
+        model: Any,
+        forward: Forward,
+        vocab_size: int,
+        *,
+        clip: float = 0.0,
+        kl: float = 0.0,
+        reference: Any = None,
+    ) -> None:
+        """`forward`: the model, or the model compiled. `reference`: see frozen_copy."""
+        self.clip, self.kl = clip, kl
+        self.forward = within(model, forward, vocab_size)
+        self.plain = within(model, model, vocab_size)
+        self.reference = reference and within(reference, reference, vocab_size)
+        self.batches: Sequence[PolicyBatch] = ()
+
+    @torch.no_grad()
+    def begin(self, batches: Sequence[PolicyBatch], several_steps: bool = False) -> dict[str, Any]:
+        """Gets the batches ready: the reference's log-probabilities, and the present ones if
+        `several_steps` will be taken on them.
+
+        Returns sums over the tokens looked at: "tokens", "diff" and "diff_max" of |engine - model|,
+        and "kl". Where nothing else is needed only COMPARED_ROWS of the longest replies are looked
+        at, where the cache has gone furthest."""
+        self.batches = batches
+        found = {"tokens": 0.0, "diff": 0.0, "diff_max": 0.0, "kl": 0.0}
+        all_of_them = several_steps or self.reference is not None
+        some = [_last_rows(batch, COMPARED_ROWS) for batch in batches[-1:]]
+        for batch in batches if all_of_them else some:
+            kept = batch.targets != IGNORE
+            log_probs = -self.plain(batch.idx, batch.targets, reduction="none")
+            if several_steps:
+                batch.old = log_probs
+            if self.reference is not None:
+                batch.reference = -self.reference(batch.idx, batch.targets, reduction="none")
+                d = (batch.reference - log_probs)[kept]
+                found["kl"] += float((d.exp() - d - 1).sum())
+            if batch.sampled is not None:
+                diff = (batch.sampled - log_probs)[kept].abs()
+                found["tokens"] += diff.numel()
+                found["diff"] += float(diff.sum())
+                found["diff_max"] = max(found["diff_max"], float(diff.max()))
+        return found
+
+    def __call__(self, idx: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        """Sum of the losses of the batch with these ids."""
+        # The step hands on ids and targets; the rest of the batch is found by them.
+        batch = next(batch for batch in self.batches if batch.idx is idx)
+        log_probs = -self.forward(idx, targets, reduction="none")
+        return policy_losses(log_probs, batch, self.clip, self.kl).sum()
+
+
+def _last_rows(batch: PolicyBatch, count: int) -> PolicyBatch:
+    sampled = None if batch.sampled is None else batch.sampled[-count:]
+    return PolicyBatch(batch.idx[-count:], batch.targets[-count:], sampled=sampled)
+
+
+def frozen_copy(model: Any) -> Any:
+    """The model as it is now, for the KL penalty; says what memory that takes."""
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    size = sum(p.numel() * p.element_size() for p in reference.parameters())
+    print0(f"--kl: a frozen copy of the model takes {size / 2**20:,.0f} MiB")
+    return reference

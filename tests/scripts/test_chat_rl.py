@@ -1,0 +1,165 @@
+"""chat_rl's flags: rewards, refilling, several steps, clip and KL, pass@k, and what it logs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat.checkpoint import LOG, list_steps, read_meta, run_dir, step_dir
+from nanochat.common import UserError, read_jsonl
+from nanochat.rollout import problem_order
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage, torchrun
+
+# Rewards that differ from reply to reply: a model of a few steps solves nothing
+REWARDS = """
+def letters(problem, reply): return len(reply)
+def same(problem, reply): return 0.5
+def nan(problem, reply): return float("nan")
+def some(problem, reply): return len(reply) if len(problem["expected"]) == 2 else 1
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "rl_test_rewards.py").write_text(REWARDS, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        patch.syspath_prepend(str(folder))
+        make_world(folder)
+        run_stage("base_train", *BASE_FLAGS)
+        run_stage("mid_train", *MID_FLAGS, "--mixture=primer-facts@60")
+        yield folder
+
+
+def rl(tag: str, *argv: str) -> list[dict[str, Any]]:
+    """Runs it; its log."""
+    argv = (*RL_FLAGS, "--num_iterations=2", "--source_tag=d2", f"--model_tag={tag}", *argv)
+    run_stage("chat_rl", *argv)
+    return log(tag)
+
+
+def log(tag: str) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(run_dir("rl", tag) / LOG)]
+
+
+def rows(found: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+    return [row for row in found if row["event"] == event]
+
+
+def test_what_is_logged(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = rl("logged", "--reward=rl_test_rewards:letters", "--eval_samples=3", "--eval_every=1")
+    steps, evals = rows(found, "rl"), rows(found, "eval")
+    assert len(steps) == 2 and [row["step"] for row in evals] == [0, 1, 2]  # before, during, after
+    for row in steps:
+        assert row["groups"] == 2 and 0 <= row["useful_groups"] <= 2
+        assert row["truncated"] == pytest.approx(1 - row["ended"])
+        # float32 on a CPU: the cache and the whole pass differ by rounding
+        assert 0 <= row["logp_diff_mean"] <= row["logp_diff_max"] < 1e-4 and "kl" not in row
+    assert max(row["logp_diff_max"] for row in steps) > 0
+    for row in evals:
+        for name in ("pass1", "sampled_pass1", "sampled_pass2", "sampled_pass3"):
+            assert 0 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= 1
+    # 12 tokens are too few for this model: said once, with the flag that helps
+    said = capsys.readouterr().err
+    assert said.count("were broken off at --max_new_tokens=12") == 1
+
+
+def test_groups_that_teach_nothing_are_replaced(base: Path) -> None:
+    """About half of the problems have replies of different rewards."""
+    plain = rows(rl("plain", "--reward=rl_test_rewards:some", "--examples_per_step=6"), "rl")
+    argv = ["--reward=rl_test_rewards:some", "--examples_per_step=6", "--refill_rounds=8"]
+    filled = rows(rl("filled", *argv), "rl")
+    assert any(row["useful_groups"] < 6 for row in plain) and {row["groups"] for row in plain} == {
+        6
+    }
+    assert [row["useful_groups"] for row in filled] == [6, 6]
+    assert all(row["groups"] >= 6 for row in filled)
+    bounded = rl("bounded", "--reward=rl_test_rewards:same", "--refill_rounds=3")
+    assert [row["groups"] for row in rows(bounded, "rl")] == [2 + 3 * 2] * 2
+    assert [row["loss"] for row in rows(bounded, "step")] == [0.0, 0.0]  # nothing to learn from
+
+
+def test_several_steps_on_the_same_replies(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def order(num_problems: int, seed: int, start: int, count: int) -> list[int]:
+        asked.append(start)
+        return problem_order(num_problems, seed, start, count)
+
+    monkeypatch.setattr("scripts.chat_rl.problem_order", order)
+    argv = ["--reward=rl_test_rewards:letters", "--num_iterations=6", "--inner_steps=3",
+            "--clip=0.2", "--kl=0.1", "--save_every=3", "--init_lr_frac=1"]  # fmt: skip
+    found = rl("inner", *argv)
+    assert len(rows(found, "rl")) == 2 and len(rows(found, "step")) == 6
+    assert asked == [0, 2]  # two problems each, one after the other
+    assert list_steps("rl", "inner") == [3, 6]
+    first, second = rows(found, "rl")
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+    # The first step's ratios are 1: its loss is that of one step alone, whatever --clip says
+    alone = rl("alone", "--reward=rl_test_rewards:letters", "--num_iterations=1")
+    assert rows(found, "step")[0]["loss"] == pytest.approx(rows(alone, "step")[0]["loss"], abs=1e-6)
+    # A resumed run compares with the model that the first one began with
+    for path in run_dir("rl", "inner").glob("step_000006"):
+        path.rename(path.with_name("gone"))
+    again = rl("inner", *argv, "--resume_from_step=3")
+    for name in ("kl", "reward", "logp_diff_max"):
+        assert rows(again, "rl")[1][name] == second[name]
+    assert rows(again, "step")[5]["loss"] == rows(found, "step")[5]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--reward=rl_test_rewards:nan", "the reward of problem .* is nan.*problem: .*reply: "),
+        ("--reward=rl_test_rewards:none", "none does not exist"),
+        ("--num_samples=1", "needs at least 2 replies"),
+        ("--inner_steps=0", "at least 1"),
+        ("--inner_steps=7", "--num_iterations=2 is no multiple of --inner_steps=7"),
+        ("--clip=1.5", r"--clip=1.5 must be in \[0, 1\)"),
+        ("--kl=-1", "--kl=-1.0 at least 0"),
+    ],
+)
+def test_what_is_refused(base: Path, flag: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        rl("refused", flag)
+
+
+def test_the_advantages_flag_changes_what_is_learned(base: Path) -> None:
+    reward = "--reward=rl_test_rewards:letters"
+    plain, by_std = rl("by-mean", reward), rl("by-std", reward, "--advantage_std")
+    norms = [[row["grad_norm"] for row in rows(found, "step")] for found in (plain, by_std)]
+    assert norms[0] != norms[1] and min(norms[0] + norms[1]) > 0
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_gives_the_same_run(base: Path) -> None:
+    """Also more ranks than problems: then one has nothing to do and waits for the others."""
+    argv = (*RL_FLAGS, "--source_tag=d2", "--task=gsm8k", "--num_iterations=2", "--refill_rounds=2")
+    data = base / "task_data" / "gsm8k"
+    data.mkdir(parents=True, exist_ok=True)
+    lines = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(30)]
+    for split in ("train", "test"):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (data / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    argv = (*argv, "--reward=tests.scripts.rewards_for_tests:letters")
+    for ranks in (1, 3):
+        done = torchrun(ranks, "chat_rl", *argv, f"--model_tag=ranks{ranks}")
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, three = log("ranks1"), log("ranks3")
+    for event, names in [
+        ("rl", ("reward", "completion_tokens", "ended", "groups", "useful_groups")),
+        ("step", ("loss", "grad_norm")),
+        ("eval", ("pass1", "pass1_low")),
+    ]:
+        assert len(rows(one, event)) == len(rows(three, event)) > 0
+        for a, b in zip(rows(one, event), rows(three, event)):
+            for name in names:
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (event, name)
+    assert any(row["grad_norm"] > 0 for row in rows(one, "step"))
+    meta = read_meta(step_dir("rl", "ranks3", 2))
+    assert meta["metrics"]["reward"] > 0
