@@ -85,9 +85,10 @@ def collect(base_dir: Path, wall_seconds: float | None) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The README's passage: minutes, machine, and accuracy by task and stage."""
     machine = result["machine"]
+    cores = "one core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     minutes = ", ".join(f"{k} {v / 60:.1f}" for k, v in result["seconds"].items())
     lines = [
-        f"{result['training_minutes']:.1f} minutes of training on {machine['cores']} cores of "
+        f"{result['training_minutes']:.1f} minutes of training on {cores} of "
         f"{machine.get('cpu', 'a CPU')} ({minutes}), on items that were never trained on:",
         "",
         "| task | after mid | after SFT | after RL | chance | items |",
