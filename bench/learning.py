@@ -90,14 +90,16 @@ def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> di
         f"--data={args.data.resolve()}", "--max_seq_len=512", "--core_metric_every=-1",
         f"--target_tokens={args.tokens}", f"--eval_tokens={EVAL_TOKENS}", *args.flags.split(),
     ]  # fmt: skip
-    if not log.exists() or not any(row["event"] == "end" for row in read_jsonl(log)):
+    if not log.exists() or not any(row["event"] == "end" for _, row in read_jsonl(log)):
         run(env, "scripts.base_train", *command)
-    rows = list(read_jsonl(log))
+    rows = [row for _, row in read_jsonl(log)]
     end = next(row for row in rows if row["event"] == "end")
     tokens = next(row["tokens"] for row in reversed(rows) if row["event"] == "step")
     per_step = tokens / end["step"]
     return {
-        "arch": arch, "depth": depth, "seed": seed, "command": command, "steps": end["step"],
+        "arch": arch, "depth": depth, "seed": seed,
+        "flags": [flag for flag in command if not flag.startswith("--data=")],  # no paths of ours
+        "steps": end["step"],
         "bpb": {round(r["step"] * per_step): round(r["val_bpb"], 4)
                 for r in rows if r["event"] == "eval" and "val_bpb" in r and r["step"] > 0},
         "minutes": round(end["seconds"] / 60, 2),
