@@ -210,11 +210,13 @@ def _run(
     if name == "efficient" and grouped:  # this kernel wants as many key heads as query heads
         k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
         grouped = False
-    mask = None if window is None else window_mask(q.size(2), window, q.device)
-    sdpa = partial(
-        F.scaled_dot_product_attention,
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped,
-    )  # fmt: skip
+    if window is None:
+        sdpa = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=grouped)
+    elif q.size(2) > 2 * window:
+        sdpa = partial(_in_blocks, q, k, v, window, grouped)
+    else:
+        mask = window_mask(q.size(2), window, q.device)
+        sdpa = partial(F.scaled_dot_product_attention, q, k, v, attn_mask=mask, enable_gqa=grouped)
     if name not in SDPA_ORDER:
         return sdpa().transpose(1, 2)
     order = SDPA_ORDER[name]
@@ -236,6 +238,32 @@ def window_mask(T: int, window: int, device: torch.device | str | None = None) -
     at = torch.arange(T, device=device)
     distance = at[:, None] - at  # (T, T): how far back
     return (distance >= 0) & (distance < window)
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, grouped: bool) -> Tensor:
+    """A window as blocks of its length: queries of one block meet the keys of their own and of the
+    one before, so the work grows with T * 2 * window and not with T * T. (B, H or K, T, E)"""
+    B, T = q.size(0), q.size(2)
+    n = -(-T // window)  # blocks; the last one is filled up with zeros, which nobody sees
+    q, k, v = (F.pad(t, (0, 0, 0, n * window - T)) for t in (q, k, v))
+
+    def blocks(t: Tensor) -> Tensor:  # (B, K, n * W, E) -> (B * n, K, W, E)
+        return t.unflatten(2, (n, window)).transpose(1, 2).flatten(0, 1)
+
+    def with_previous(t: Tensor) -> Tensor:  # (B, K, n * W, E) -> (B * n, K, 2 * W, E)
+        before = F.pad(t, (0, 0, window, 0))[:, :, :-window]
+        return torch.cat((blocks(before), blocks(t)), dim=2)
+
+    at = torch.arange(window, device=q.device)[:, None]
+    other = torch.arange(2 * window, device=q.device)  # window is at the block's beginning
+    visible = (other > at) & (other <= at + window)  # (W, 2W)
+    first = torch.arange(n, device=q.device)[:, None, None] == 0
+    mask = visible & ~(first & (other < window))  # (n, W, 2W): nothing stands before the first
+    mask = mask.repeat(B, 1, 1).unsqueeze(1)  # (B * n, 1, W, 2W)
+    y = F.scaled_dot_product_attention(
+        blocks(q), with_previous(k), with_previous(v), attn_mask=mask, enable_gqa=grouped
+    )  # (B * n, H, W, E)
+    return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
