@@ -38,6 +38,7 @@ import numpy as np
 from bench.train_speed_worker import PARTS, make_ids
 from nanochat import flags
 from nanochat.common import UserError, print0, write_json
+from nanochat.plan import CPU_MICRO_BATCH_TOKENS
 from nanochat.distributed import pick_device_type
 from nanochat.machine import machine_info, versions
 from nanochat.models import ARCHITECTURES, SIZES, GPTConfig
@@ -68,7 +69,7 @@ class Args(flags.DeviceFlags):
     vocab_size: int = 0
     """Tokens of the vocabulary, but for published sizes. 0: 8,192 on a CPU, 50,304 on a GPU."""
     device_batch_size: int = 0
-    """Rows in a micro-batch of ours. 0: 8 on a CPU; on a GPU 32 (16 above a billion parameters),
+    """Rows in a micro-batch of ours. 0: as auto on a CPU; on a GPU 32 (16 above a billion parameters),
     halved until it fits. The peer takes a step's rows at once, as it does in runs/runcpu.sh."""
     rounds: int = 5
     """Rounds that are measured, after two steps that are not."""
@@ -210,7 +211,8 @@ def side_by_side(cases: list[Case], args: Args, tokens: int, parts: bool) -> lis
     with tempfile.TemporaryDirectory() as folder:
         workers: list[Worker] = []
         results = []
-        rows = min(args.device_batch_size or 8, tokens // args.seq_len)
+        usual = CPU_MICRO_BATCH_TOKENS // args.seq_len  # --device_batch_size=auto
+        rows = min(args.device_batch_size or usual, tokens // args.seq_len)
         for case in cases:
             command = command_of(case, args, tokens, rows, Path(folder))
             workers.append(Worker(command, Path(folder) / f"base{len(workers)}"))

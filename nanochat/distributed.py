@@ -94,7 +94,7 @@ def keep_memory() -> None:
     """Tells the C library to keep memory that is freed, and torch to ask for it in huge pages.
 
     By default each large tensor of a training step is new pages from the kernel, which zeroes them,
-    and gone again at its end: a third of the time of a step on a CPU (bench/train_speed.py). Must
+    and gone again at its end: a part of the step's time that bench/train_speed.py measures. Must
     come before the process's first large tensor. The process then keeps its peak, as a GPU's
     allocator does. glibc only; elsewhere it does nothing."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # c10/core/impl/alloc_cpu.cpp
