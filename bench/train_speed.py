@@ -38,10 +38,10 @@ import numpy as np
 from bench.train_speed_worker import PARTS, make_ids
 from nanochat import flags
 from nanochat.common import UserError, print0, write_json
-from nanochat.plan import CPU_MICRO_BATCH_TOKENS
 from nanochat.distributed import pick_device_type
 from nanochat.machine import machine_info, versions
 from nanochat.models import ARCHITECTURES, SIZES, GPTConfig
+from nanochat.plan import CPU_MICRO_BATCH_TOKENS
 from nanochat.schedule import grad_accum_steps
 
 REPO = Path(__file__).resolve().parent.parent
@@ -69,8 +69,8 @@ class Args(flags.DeviceFlags):
     vocab_size: int = 0
     """Tokens of the vocabulary, but for published sizes. 0: 8,192 on a CPU, 50,304 on a GPU."""
     device_batch_size: int = 0
-    """Rows in a micro-batch of ours. 0: as auto on a CPU; on a GPU 32 (16 above a billion parameters),
-    halved until it fits. The peer takes a step's rows at once, as it does in runs/runcpu.sh."""
+    """Rows in a micro-batch of ours. 0: as auto on a CPU; on a GPU 32 (16 above a billion
+    parameters), halved until it fits. The peer takes a step's rows at once, as it does in runs/runcpu.sh."""
     rounds: int = 5
     """Rounds that are measured, after two steps that are not."""
     parts: bool = True
