@@ -70,7 +70,7 @@ class Args(flags.DeviceFlags):
     """Tokens of the vocabulary, but for published sizes. 0: 8,192 on a CPU, 50,304 on a GPU."""
     device_batch_size: int = 0
     """Rows in a micro-batch of ours. 0: as auto on a CPU; on a GPU 32 (16 above a billion
-    parameters), halved until it fits. The peer takes a step's rows at once, as it does in runs/runcpu.sh."""
+    parameters), halved until it fits. The peer takes a step's rows at once, as in its runcpu.sh."""
     rounds: int = 5
     """Rounds that are measured, after two steps that are not."""
     parts: bool = True
