@@ -56,8 +56,8 @@ class TrainStep:
         self.compiled = choose_compile(
             args.compile, info.device, tokens * model.flops_per_token(), static
         )
-        if self.compiled.on and info.device.type == "cuda":
-            optimizer.fuse()  # hardly anything on a CPU, where a step is mostly matmuls
+        if self.compiled.on:
+            optimizer.fuse()
         if self.fp8 and not self.compiled.on:
             warn0("--fp8 without compilation (--compile=on) is slower than bfloat16")
         # Evaluation and sampling use the plain module: other shapes would compile again.

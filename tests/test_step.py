@@ -186,6 +186,7 @@ def test_a_compiled_step_compiles_once(traced: None) -> None:
     plain.train_step.forward = plain.model
     trainer = make_trainer()
     counters.clear()
+    graphs = []
     for k in range(5):
         for each in (plain, trainer):
             each.step(batches_of(each, 2, seed=k), 1.0 / (k + 1), 0.9 + 0.01 * k)
@@ -193,7 +194,9 @@ def test_a_compiled_step_compiles_once(traced: None) -> None:
         with torch.no_grad():
             trainer.model(torch.zeros(1, k + 1, dtype=torch.int64))
         trainer.model.train()
-    assert counters["stats"]["unique_graphs"] == 1
+        graphs.append(counters["stats"]["unique_graphs"])
+    # One of the model, and of the optimizer one for each shape and kind of parameters
+    assert graphs == [graphs[0]] * 5 and 1 < graphs[0] < 10
     for name, tensor in copy_of(plain).items():
         torch.testing.assert_close(copy_of(trainer)[name], tensor, rtol=1e-3, atol=1e-4)
 
