@@ -118,7 +118,7 @@ def train_step(
     count = sum(int((b.targets != IGNORE).sum()) for b in batches)
     for batch in batches:
         with autocast:
-            loss = policy(batch.idx, batch.targets)
+            loss = policy(batch)
         (loss / count).backward()
     optimizer.step(1.0, 0.95, 1.0, 1.0)
     optimizer.zero_grad()

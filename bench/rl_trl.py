@@ -127,9 +127,8 @@ def ours(model: Any, moved: Any, rollouts: Rollouts, case: dict[str, Any]) -> di
     now = moved if case["moved"] else model
     now.zero_grad()
     policy = Policy(now, now, vocab_size, **settings)
-    policy.batches = batches
     count = sum(int((b.targets != IGNORE).sum()) for b in batches)
-    loss = torch.stack([policy(b.idx, b.targets) for b in batches]).sum() / count
+    loss = torch.stack([policy(b) for b in batches]).sum() / count
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in now.named_parameters()}
     norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()

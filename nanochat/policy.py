@@ -38,6 +38,10 @@ class PolicyBatch(MicroBatch):
     old: Tensor | None = None  # those before the first step on these replies; None: as they are now
     reference: Tensor | None = None  # those of the model that training began with
 
+    def loss(self, forward: Callable[..., Tensor]) -> Tensor:
+        """(): the summed loss. `forward` is a Policy, which stands in for the model's."""
+        return forward(self)
+
 
 def policy_losses(
     log_probs: Tensor, batch: PolicyBatch, clip: float = 0.0, kl: float = 0.0
@@ -82,7 +86,7 @@ def within(model: Any, forward: Forward, vocab_size: int) -> Forward:
 class Policy:
     """The model in training, in the place of its forward in the training step.
 
-    `begin(batches)` says what the next steps train on; the step then calls it for each of them."""
+    `begin(batches)` makes ready what the next steps train on; their losses then call it."""
 
     def __init__(
         self,
@@ -99,7 +103,6 @@ class Policy:
         self.forward = within(model, forward, vocab_size)
         self.plain = within(model, model, vocab_size)
         self.reference = reference and within(reference, reference, vocab_size)
-        self.batches: Sequence[PolicyBatch] = ()
 
     @torch.no_grad()
     def begin(self, batches: Sequence[PolicyBatch], several_steps: bool = False) -> dict[str, Any]:
@@ -109,7 +112,6 @@ class Policy:
         Returns sums over the tokens looked at: "tokens", "diff" and "diff_max" of |engine - model|,
         and "kl". Where nothing else is needed only COMPARED_ROWS of the longest replies are looked
         at, where the cache has gone furthest."""
-        self.batches = batches
         found = {"tokens": 0.0, "diff": 0.0, "diff_max": 0.0, "kl": 0.0}
         all_of_them = several_steps or self.reference is not None
         some = [_last_rows(batch, COMPARED_ROWS) for batch in batches[-1:]]
@@ -129,11 +131,9 @@ class Policy:
                 found["diff_max"] = max(found["diff_max"], float(diff.max()))
         return found
 
-    def __call__(self, idx: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
-        """Sum of the losses of the batch with these ids."""
-        # The step hands on ids and targets; the rest of the batch is found by them.
-        batch = next(batch for batch in self.batches if batch.idx is idx)
-        log_probs = -self.forward(idx, targets, reduction="none")
+    def __call__(self, batch: PolicyBatch) -> Tensor:
+        """Sum of the losses of the batch."""
+        log_probs = -self.forward(batch.idx, batch.targets, reduction="none")
         return policy_losses(log_probs, batch, self.clip, self.kl).sum()
 
 

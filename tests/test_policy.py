@@ -114,7 +114,7 @@ def test_the_gradient_is_the_dense_references_however_it_is_batched(
         count = sum(int((b.targets != IGNORE).sum()) for b in batches)
         loss = torch.zeros((), dtype=torch.float64)
         for b in batches:  # as TrainStep sums them
-            loss = loss + policy(b.idx, b.targets, reduction="sum")
+            loss = loss + policy(b)
         # What is computed in float32, whatever the model: the advantages, and the head's product
         assert (loss / count).item() == pytest.approx(expected.item(), abs=2e-6)
         for name, gradient in gradients(model, loss / count).items():
@@ -265,6 +265,6 @@ def test_rows_without_a_token_get_no_gradient(padded: Engine) -> None:
     batches = to_batches(rollouts_of(padded), 5, 0, CPU)
     policy = Policy(padded.model, padded.model, 400)
     policy.begin(batches)
-    sum(policy(b.idx, b.targets) for b in batches).backward()  # type: ignore[union-attr]
+    sum(policy(b) for b in batches).backward()  # type: ignore[union-attr]
     grad = padded.model.param_groups()["head"][0].grad
     assert (grad[400:] == 0).all() and grad[:400].abs().max() > 1e-4
