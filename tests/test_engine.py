@@ -59,7 +59,7 @@ def test_cached_logits_are_the_naive_ones_at_every_position(
         held = cache.layers[0]
         assert held is not None
         sizes.add(held[0].size(2))
-    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=2e-5)
+    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=1e-4)
     assert len(sizes) == allocations, sizes
     assert cache.lengths == [sum(steps)] * 2
 
@@ -80,12 +80,12 @@ def test_rows_of_different_lengths_share_a_cache(arch: str) -> None:
     logits = model(prompt, kv_cache=cache)
     cache.set_lengths(lengths)
     for row, n in enumerate(lengths):
-        assert torch.allclose(logits[row, :n], naive[row][:n], atol=2e-5)
+        assert torch.allclose(logits[row, :n], naive[row][:n], atol=1e-4)
     for step in range(more):
         idx = torch.stack([text[0, n + step : n + step + 1] for text, n in zip(texts, lengths)])
         logits = model(idx, kv_cache=cache)
         for row, n in enumerate(lengths):
-            assert torch.allclose(logits[row, 0], naive[row][n + step], atol=2e-5), (row, step)
+            assert torch.allclose(logits[row, 0], naive[row][n + step], atol=1e-4), (row, step)
 
 
 @both_architectures
@@ -102,10 +102,10 @@ def test_rows_leave_and_are_copied(arch: str) -> None:
     for step in range(20):
         ids = torch.stack([idx[r, n : n + 1] for r, n in zip(rows, cache.lengths)])
         wanted = torch.stack([naive[r, n] for r, n in zip(rows, cache.lengths)])
-        assert torch.allclose(model(ids, kv_cache=cache)[:, 0], wanted, atol=2e-5), step
+        assert torch.allclose(model(ids, kv_cache=cache)[:, 0], wanted, atol=1e-4), step
     cache.select([1])  # and again, to a single row
     logits = model(idx[:1, 30:35], kv_cache=cache)
-    assert torch.allclose(logits[0], naive[0, 30:35], atol=2e-5)
+    assert torch.allclose(logits[0], naive[0, 30:35], atol=1e-4)
 
 
 def test_the_cache_has_the_dtype_of_the_model() -> None:

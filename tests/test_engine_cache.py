@@ -65,7 +65,7 @@ def test_cached_logits_are_the_naive_ones_with_windows(
     idx = tokens_of(model, 2, sum(steps))
     cache = KVCache(model.config.n_layer, batch=2)
     pieces = [model(piece, kv_cache=cache) for piece in idx.split(steps, dim=1)]
-    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=2e-5)
+    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=1e-4)
 
 
 @both_architectures
@@ -83,7 +83,7 @@ def test_rows_of_different_lengths_share_a_cache_with_windows(arch: str, windows
     logits = model(prompt, kv_cache=cache)
     cache.set_lengths(lengths)
     for row, n in enumerate(lengths):
-        assert torch.allclose(logits[row, :n], naive[row][:n], atol=2e-5)
+        assert torch.allclose(logits[row, :n], naive[row][:n], atol=1e-4)
     rows = [0, 1, 2, 3]
     for step in range(0, more, 2):  # two tokens a pass
         if step == 20:
@@ -93,7 +93,7 @@ def test_rows_of_different_lengths_share_a_cache_with_windows(arch: str, windows
         idx = torch.stack([texts[r][0, n : n + 2] for r, n in zip(rows, at)])
         logits = model(idx, kv_cache=cache)
         for i, (r, n) in enumerate(zip(rows, at)):
-            assert torch.allclose(logits[i], naive[r][n : n + 2], atol=2e-5), (r, step)
+            assert torch.allclose(logits[i], naive[r][n : n + 2], atol=1e-4), (r, step)
 
 
 def test_generated_text_is_the_naive_one_with_windows(windows: Any) -> None:
@@ -124,7 +124,7 @@ def test_torch_compile_takes_decoding_with_windows_whole(windows: Any) -> None:
     cache = KVCache(model.config.n_layer, batch=2)
     pieces = [model(idx[:, :36], kv_cache=cache)]
     pieces += [compiled(idx[:, i : i + 1], kv_cache=cache) for i in range(36, 60)]
-    assert torch.allclose(torch.cat(pieces, 1), model(idx), atol=2e-5)
+    assert torch.allclose(torch.cat(pieces, 1), model(idx), atol=1e-4)
     assert len(graphs) == 2
 
 

@@ -77,7 +77,7 @@ def test_transformers_computes_what_we_compute(case: str, tmp_path: Path) -> Non
     assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in model.parameters())
     x = tokens_of(model, 2, 100)
     with torch.no_grad():
-        assert (twin(x).logits - model(x)).abs().max() < 1e-5
+        assert (twin(x).logits - model(x)).abs().max() < 1e-4
 
     lengths = set()
     for text in ("What is the capital of the town?", "12", "A train"):
@@ -249,7 +249,7 @@ def test_several_files(tmp_path: Path) -> None:
     twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     x = tokens_of(model, 1, 20)
     with torch.no_grad():
-        assert (twin(x).logits - model(x)).abs().max() < 1e-5
+        assert (twin(x).logits - model(x)).abs().max() < 1e-4
     with pytest.raises(UserError, match="--max_shard_size=many"):
         export(tmp_path / "other", max_shard_size="many")
 
@@ -380,9 +380,9 @@ def test_a_process_without_nanochat(case: str, tmp_path: Path) -> None:
     assert answers["beams"] == answers["beams, naive"]
     assert answers["looked up"] == [ours]
     with torch.no_grad():
-        assert (torch.tensor(answers["logits"]) - model(idx)).abs().max() < 1e-5
+        assert (torch.tensor(answers["logits"]) - model(idx)).abs().max() < 1e-4
         later = model(idx[:1, 20:])[0]
-        assert (torch.tensor(answers["padded left"]) - later).abs().max() < 1e-5
+        assert (torch.tensor(answers["padded left"]) - later).abs().max() < 1e-4
 
 
 def test_the_code_is_for_turbo_only_and_goes_with_an_overwritten_folder(tmp_path: Path) -> None:

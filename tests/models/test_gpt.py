@@ -57,7 +57,7 @@ def test_logits_and_gradients_are_those_of_transformers(
     logits, wanted = model(idx), twin(input_ids=idx).logits
     assert logits.dtype == torch.float32 and logits.shape == (2, 24, 96)
     assert logits.abs().max() > 10, "the softcap is not tested by such small logits"
-    assert (logits - wanted).abs().max() < 5e-5
+    assert (logits - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
     model(idx, targets).backward()
     F.cross_entropy(wanted.flatten(0, 1), targets.flatten(), ignore_index=-1).backward()

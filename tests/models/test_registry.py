@@ -72,7 +72,7 @@ def test_rows_of_a_batch_do_not_mix(arch: str) -> None:
     idx = tokens_of(model, 3, 12)
     together = model(idx)
     for row in range(3):
-        assert torch.allclose(together[row], model(idx[row : row + 1])[0], atol=1e-5)
+        assert torch.allclose(together[row], model(idx[row : row + 1])[0], atol=1e-4)
 
 
 @every_architecture
@@ -81,9 +81,9 @@ def test_texts_longer_than_the_configured_length_work(arch: str) -> None:
     model = tiny_model(arch)
     idx = tokens_of(model, 1, 50)
     short = model(idx[:, :16])
-    assert torch.allclose(model(idx)[:, :16], short, atol=1e-5)
+    assert torch.allclose(model(idx)[:, :16], short, atol=1e-4)
     roomy = tiny_model(arch, sequence_len=64)
-    assert torch.allclose(model(idx), roomy(idx), atol=1e-5)
+    assert torch.allclose(model(idx), roomy(idx), atol=1e-4)
 
 
 @every_architecture
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_the_logits(arch: str) -> None:
     targets[1, 3:] = -1
     log_probs = model(idx).log_softmax(-1)
     nll = -log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
-    assert torch.allclose(model(idx, targets, reduction="none"), nll, atol=1e-5)
+    assert torch.allclose(model(idx, targets, reduction="none"), nll, atol=1e-4)
     assert torch.allclose(model(idx, targets, reduction="sum"), nll.sum())
     assert torch.allclose(model(idx, targets), nll.sum() / 12)
 

@@ -57,7 +57,7 @@ def test_logits_and_gradients_are_those_of_the_exported_class(
     logits, wanted = model(idx), twin(input_ids=idx).logits
     assert logits.dtype == torch.float32 and logits.shape == (2, 24, 96)
     assert logits.abs().max() > 10, "the softcap is not tested by such small logits"
-    assert (logits - wanted).abs().max() < 5e-5
+    assert (logits - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
     model(idx, targets).backward()
     F.cross_entropy(wanted.flatten(0, 1), targets.flatten(), ignore_index=-1).backward()
@@ -241,7 +241,7 @@ def test_cached_logits_are_the_naive_ones(steps: list[int]) -> None:
     idx = tokens_of(model, 2, sum(steps))
     cache = KVCache(model.config.n_layer, batch=2)
     pieces = [model(piece, kv_cache=cache) for piece in idx.split(steps, dim=1)]
-    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=2e-5)
+    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=1e-4)
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def test_rows_of_different_lengths_share_a_cache() -> None:
     logits = model(prompt, kv_cache=cache)
     cache.set_lengths(lengths)
     for row, n in enumerate(lengths):
-        assert torch.allclose(logits[row, :n], naive[row][:n], atol=2e-5)
+        assert torch.allclose(logits[row, :n], naive[row][:n], atol=1e-4)
     rows = [0, 1, 2, 3]
     for step in range(0, more, 2):  # two tokens a pass
         if step == 10:
@@ -269,7 +269,7 @@ def test_rows_of_different_lengths_share_a_cache() -> None:
         idx = torch.stack([texts[r][0, n : n + 2] for r, n in zip(rows, at)])
         logits = model(idx, kv_cache=cache)
         for i, (r, n) in enumerate(zip(rows, at)):
-            assert torch.allclose(logits[i], naive[r][n : n + 2], atol=2e-5), (r, step)
+            assert torch.allclose(logits[i], naive[r][n : n + 2], atol=1e-4), (r, step)
 
 
 def test_generated_text_is_the_naive_one() -> None:
