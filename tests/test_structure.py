@@ -31,7 +31,7 @@ FLOORS = {
         ["conversation", "download", "execution", "execution_child", "flags", "launch"], 0.5
     ),
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
-    **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
+    **dict.fromkeys(["heartbeat", "hub", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
