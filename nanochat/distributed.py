@@ -25,6 +25,7 @@ import torch.distributed as dist
 from nanochat.common import UserError, get_base_dir
 from nanochat.flags import RANK_TIMEOUT
 from nanochat.heartbeat import Heartbeat, lost_contact
+from nanochat.meeting import meet
 
 # mallopt's names (malloc.h): sizes in bytes from which memory is given back to the kernel
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -106,9 +107,16 @@ def _group(info: DistInfo, timeout: float) -> Iterator[None]:
     patience = timedelta(seconds=timeout + 60 if gpu else timeout)
     device = info.device if gpu else None
     try:
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=device)
-        run = str(broadcast_object(uuid.uuid4().hex))
-        heartbeat = Heartbeat(info.rank, info.world_size, timeout, run)
+        store, meeting = meet(info.rank, info.world_size, timeout)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=dist.PrefixStore(meeting, store),
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=patience,
+            device_id=device,
+        )
+        heartbeat = Heartbeat(info.rank, info.world_size, timeout, meeting)
         barrier()
         heartbeat.start()
     except RuntimeError as e:  # of which DistError is one
@@ -128,8 +136,8 @@ def _group(info: DistInfo, timeout: float) -> Iterator[None]:
         yield
     except Exception as e:
         lost = lost_contact(e)
-        if lost:
-            raise heartbeat.explain(e) from e
+        if lost and (explained := heartbeat.explain(e)) is not e:
+            raise explained from e
         heartbeat.stop(f"{type(e).__name__}: {e}")  # the others will ask why we are gone
         raise
     finally:

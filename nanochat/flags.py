@@ -252,7 +252,8 @@ FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
         "run", "model_tag", "rank_timeout", "device_type", "device_batch_size",
-        "activation_checkpointing", "dtype", "compile", "preview", "resume", "repeats", "dry_run", "resume_from_step",
+        "activation_checkpointing", "dtype",
+        "compile", "preview", "resume", "repeats", "dry_run", "resume_from_step",
         "allow_changes", "token_cache_dir", "stream", "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",

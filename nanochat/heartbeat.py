@@ -6,7 +6,7 @@ about a socket (gloo) or ends the process (NCCL's watchdog), and neither names t
 rank keeps a line in the store in which the ranks met (torchrun's TCPStore): a count that goes up
 while the process lives, its host, its step, and what its main thread is at. Two threads see to it:
 one talks to the store and may be held up by a dead network, the other judges and is not. Nobody
-compares the clocks of two hosts: a rank is silent when its count stands still. Floor 0.75.
+compares the clocks of two hosts: a rank is silent when its count stands still. Floor 0.9.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from __future__ import annotations
 import json
 import linecache
 import os
+import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
 
 from nanochat.common import UserError
+from nanochat.meeting import connect
 
 OURS = str(Path(__file__).resolve().parent.parent)  # where `scripts` and `nanochat` lie
 # Beats in a row that a rank may miss (a busy host, a lost packet) before it counts as silent
 MISSED = 3
+LOST_ONE_ANOTHER = "all ranks are alive"
 
 
 @dataclass
@@ -51,17 +54,17 @@ class Heartbeat:
     """Says that this rank lives, and ends the process when another one does not.
 
     `timeout` (seconds): after which a rank that is silent, or that the others wait for, is lost.
-    `run`: a name that no earlier group of ranks at this store has had."""
+    `run`: the name of their meeting."""
 
     def __init__(self, rank: int, world_size: int, timeout: float, run: str) -> None:
         self.rank, self.world_size, self.timeout, self.run = rank, world_size, timeout, run
         self.interval = min(5.0, timeout / 4)  # seconds between two beats
         # gloo's collectives raise after `timeout` where they were called; this is for all else.
         self.limit = timeout + MISSED * self.interval
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.place = f"{host}:{port}"
-        # A connection of its own: that of the process group may be held by a call that waits.
-        self.store = dist.TCPStore(host, port, timeout=timedelta(seconds=timeout))
+        host = os.environ["MASTER_ADDR"]
+        self.place = f"{host}:{os.environ['MASTER_PORT']}"
+        # Not that of the process group, which may be held by a call that waits
+        self.store = connect(timeout)
         self.own = Beat(socket.gethostname(), os.getpid(), _is_local(host))
         self.progress = 0  # goes up with whatever shows that the main thread gets on
         self.seen: dict[int, tuple[Beat, float]] = {}  # by rank: last beat, when its count changed
@@ -184,12 +187,15 @@ class Heartbeat:
     # ---------------------------------------------------------------------------------------------
     # What is wrong
 
-    def explain(self, error: Exception) -> UserError:
-        """The error that the main thread met in a collective, as one that names the rank."""
-        message = self.diagnose(str(error).strip().splitlines()[0])
+    def explain(self, error: Exception) -> Exception:
+        """For the error that the main thread met in a collective, one that names the rank; the
+        error itself if no rank is missing."""
+        # gloo: "[/path/pair.cc:561] Connection closed by peer [10.77.0.2]:49340. This is ..."
+        said = re.sub(r"^(.*: )?\[/[^]]*\] ", "", str(error).strip().splitlines()[0])
+        message = self.diagnose(said.split(". ")[0])
         if not self._speaking.first():
             threading.Event().wait()  # the other thread is about to end the process
-        return UserError(message)
+        return error if message.startswith(LOST_ONE_ANOTHER) else UserError(message)
 
     def diagnose(self, error: str = "") -> str:
         """Hears all ranks for a few beats, and says in a sentence which one is missing."""
@@ -233,14 +239,14 @@ class Heartbeat:
                 "killed or stopped, or its host or the network to it is gone"
             )
         elif ahead:
-            where = ", ".join(f"rank {r} at {self.seen[r][0].where or '?'}" for r in ahead)
+            where = ", ".join(f"rank {r} is in {self.seen[r][0].where or '?'}" for r in ahead)
             what = (
-                f"{self._names(ahead)} did not come to where the others wait ({where}; "
-                f"--rank_timeout={self.timeout:g})"
+                f"{self._names(ahead)} did not come to where the others wait within "
+                f"--rank_timeout={self.timeout:g} s: {where}"
             )
         else:
-            what = f"all ranks are alive but lost one another in step {self.own.step}"
-        return f"{what}{f' ({error})' if error else ''}. {go_on}"
+            what = f"{LOST_ONE_ANOTHER} but cannot go on, in step {self.own.step}"
+        return f"{what}{f' ({error})' if error and not failed else ''}. {go_on}"
 
     def _names(self, ranks: Sequence[int]) -> str:
         """ "rank 3 (host b, pid 77, in step 120)", by host where there are several."""
@@ -266,17 +272,22 @@ class _Once:
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether an error says that other ranks, or the store, cannot be reached. gloo's errors have
-    no type of their own."""
-    said = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in said or "Connection closed by peer" in said)
-    )
+    """Whether an error came out of a wait for other ranks. gloo's have no type of their own, and
+    many words."""
+    if isinstance(error, dist.DistError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return isinstance(error, RuntimeError) and trace is not None and _place(trace.tb_frame)[1]
 
 
 def _position() -> tuple[str, bool]:
     """The line of our code that the main thread is at, and whether it waits there."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return _place(sys._current_frames().get(threading.main_thread().ident or 0))
+
+
+def _place(frame: FrameType | None) -> tuple[str, bool]:
     waiting = False
     while frame is not None:
         path, line = frame.f_code.co_filename, frame.f_lineno

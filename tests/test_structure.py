@@ -31,9 +31,9 @@ FLOORS = {
         ["conversation", "download", "execution", "execution_child", "flags", "launch"], 0.5
     ),
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
-    **dict.fromkeys(["heartbeat", "hub", "tokenizer_files"], 0.75),
+    **dict.fromkeys(["hub", "meeting", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
-    "shards": 0.9,
+    **dict.fromkeys(["heartbeat", "shards"], 0.9),
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
     **dict.fromkeys(["compiling", "fp8", "memory_trace", "recompute"], 1),
     "precision": 1.5,
