@@ -196,8 +196,8 @@ def command(trial: Trial, name: str, seed: int, data: Path) -> tuple[str, list[s
     plain = [
         "--arch=turbo", "--depth=4", "--max_seq_len=512", f"--total_batch_size={BATCH}",
         f"--num_iterations={TOKENS // BATCH}", f"--eval_tokens={EVAL_TOKENS}",
-        "--eval_every=100000", "--core_metric_every=-1", "--sample_every=-1", "--compile=off", f"--seed={seed}",
-        f"--data={data.resolve()}", f"--model_tag={tag}",
+        "--eval_every=100000", "--core_metric_every=-1", "--sample_every=-1", "--compile=off",
+        f"--seed={seed}", f"--data={data.resolve()}", f"--model_tag={tag}",
     ]  # fmt: skip
     typed = {flag.split("=")[0] for flag in trial.flags}
     return tag, [f for f in plain if f.split("=")[0] not in typed] + trial.flags
