@@ -95,7 +95,7 @@ def compare(args: Args, info: distributed.DistInfo) -> list[dict[str, Any]]:
     vocab_size, length, batches = (65_536, 2048, (2, 8)) if cuda else (8192, 256, (1, 4))
     setup = setup_of(info, compiling(args, info))
     rows = []
-    for arch in ("gpt", "qwen2.5"):
+    for arch in ("gpt", "qwen2.5", "turbo"):
         config, _ = make_config(arch, depth, vocab_size, length)
         for batch in batches:
             for mode in MODES:
