@@ -195,7 +195,7 @@ def train(
         optimizer.step(lr_multiplier(step, args.num_steps, 20, 0.4), muon_momentum(step), 1.0)
         optimizer.zero_grad()
     return {
-        name: round(evaluate_bpb(model, batches, tokenizer.token_bytes), 5)
+        name: round(evaluate_bpb(model, batches, tokenizer.token_bytes).bpb, 5)
         for name, batches in sets.items()
     }
 
