@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from bench import surroundings
 from nanochat import flags
 from nanochat.common import UserError, print0, read_jsonl, write_json
-from nanochat.machine import machine_info, versions
 
 REPO = Path(__file__).resolve().parent.parent
 RESULT = REPO / "bench" / "results" / "learning.json"
@@ -73,7 +73,7 @@ def main(args: Args) -> None:
                 )
     write_json(
         args.out,
-        {"machine": machine_info(), "versions": versions(), "peer": PEER, "runs": runs,
+        {**surroundings(), "peer": PEER, "runs": runs,
          "summary": summary(runs)},
     )  # fmt: skip
     print0(f"written to {args.out}")

@@ -25,11 +25,11 @@ from unittest.mock import patch
 
 import torch
 
+from bench import surroundings
 from bench.learning import ensure_tokenizer, run, run_record
 from nanochat import flags
 from nanochat.common import UserError, atomic_write, print0, read_json, write_json
 from nanochat.dataloader import MicroBatch, StepLoader
-from nanochat.machine import machine_info, versions
 from nanochat.models import turbo
 from nanochat.train import Trainer
 from scripts import base_train
@@ -236,7 +236,7 @@ def collect(args: Args, names: list[str]) -> None:
         shown = [w for w in words if not w.startswith(("--data=", "--model_tag=", "--seed="))]
         if found:
             rows.append({"trial": name, "what": TRIALS[name].what, "flags": shown, "runs": found})
-    write_json(args.out, {"machine": machine_info(), "versions": versions(), "trials": rows})
+    write_json(args.out, {**surroundings(), "trials": rows})
     for row in compared(rows):
         print0(
             f"{row['trial']:<22} {row['bpb']:.4f}  {row['difference']:+.4f} +- {row['error']:.4f}"

@@ -38,7 +38,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.bpe_common import RESULTS, surroundings
+from bench import surroundings
+from bench.bpe_common import RESULTS
 from bench.lm_eval_chat import chat_disagreement, measure_chat
 from bench.lm_eval_rows import document, pairs_of, probes_of, recut, write_task
 from nanochat import flags

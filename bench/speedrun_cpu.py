@@ -58,7 +58,8 @@ def collect(base_dir: Path, wall_seconds: float | None) -> dict[str, Any]:
         seconds[stage] = 0.0  # with evaluations and saves; pretraining has two parts
         for path in (base_dir / STAGE_FOLDERS[stage]).glob(f"*/{LOG}"):
             rows = [row for _, row in read_jsonl(path)]
-            about = {"machine": rows[0]["machine"], "versions": rows[0]["versions"]}
+            about = {key: rows[0][key] for key in ("machine", "versions")}
+            about["date"] = time.strftime("%Y-%m-%d", time.gmtime(rows[0]["time"]))
             seconds[stage] += rows[-1]["time"] - rows[0]["time"]
             pass1 += [row["pass1"] for row in rows if "pass1" in row]
     evals: dict[str, Any] = {}
