@@ -3,7 +3,7 @@ One thing changed at a time: what each part of turbo and of its training is wort
 
     python -m bench.learning_trials --data=../shared/data/fineweb_like
     python -m bench.learning_trials --data=... --trials="base | no smear" --seeds=5
-    python -m bench.learning_trials --render        # writes the table of bench/LEARNING.md
+    python -m bench.render                          # puts the table into bench/LEARNING.md
 
 Each trial is a whole run of scripts.base_train at d4 with its own schedule and one change to the
 code or the flags. A difference is believed when it is larger than twice its standard error over
@@ -28,7 +28,7 @@ import torch
 from bench import surroundings
 from bench.learning import ensure_tokenizer, run, run_record
 from nanochat import flags
-from nanochat.common import UserError, atomic_write, print0, read_json, write_json
+from nanochat.common import UserError, print0, write_json
 from nanochat.dataloader import MicroBatch, StepLoader
 from nanochat.models import turbo
 from nanochat.train import Trainer
@@ -36,8 +36,6 @@ from scripts import base_train
 
 REPO = Path(__file__).resolve().parent.parent
 RESULT = REPO / "bench" / "results" / "learning_trials.json"
-PAGE = REPO / "bench" / "LEARNING.md"
-BEGIN, END = "<!-- trials: made by `python -m bench.learning_trials --render` -->", "<!-- end -->"
 TOKENS, BATCH, EVAL_TOKENS = 409_600, 2048, 131_072
 
 
@@ -186,8 +184,6 @@ class Args:
     """Runs of each."""
     out: Path = RESULT
     """Result file."""
-    render: bool = False
-    """Only write the table of the result file into bench/LEARNING.md."""
 
 
 def command(trial: Trial, name: str, seed: int, data: Path) -> tuple[str, list[str]]:
@@ -204,8 +200,6 @@ def command(trial: Trial, name: str, seed: int, data: Path) -> tuple[str, list[s
 
 
 def main(args: Args) -> None:
-    if args.render:
-        return render(args.out)
     names = [name.strip() for name in args.trials.split("|")]
     for name in names:
         if name not in TRIALS:
@@ -271,29 +265,23 @@ def verdict(row: dict[str, Any]) -> str:
     return "better" if row["difference"] < 0 else "worse"
 
 
-def render(result: Path) -> None:
-    """Writes the table between its marks in bench/LEARNING.md."""
-    found = read_json(result)
+def table(result: dict[str, Any]) -> str:
+    """The passage of bench/LEARNING.md."""
     lines = [
-        BEGIN,
-        "",
         f"{TOKENS:,} tokens, {BATCH:,} a step, d4, bits per byte over {EVAL_TOKENS:,} tokens;",
         "difference from the first row, paired by seed, with its standard error.",
         "",
         "| changed | bits per byte | difference | seeds | |",
         "|---|---|---|---|---|",
     ]
-    for row in compared(found["trials"]):
+    for row in compared(result["trials"]):
         difference = f"{row['difference']:+.4f} ± {row['error']:.4f}"
         if row["trial"] == "base":
             difference = ""
         lines.append(
             f"| {row['what']} | {row['bpb']:.4f} | {difference} | {row['seeds']} | {verdict(row)} |"
         )
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    with atomic_write(PAGE, "w") as file:
-        file.write(before + "\n".join([*lines, "", END]) + rest.split(END, 1)[1])
+    return "\n".join(lines)
 
 
 def run_one(name: str, words: list[str]) -> None:
