@@ -134,7 +134,8 @@ class Heartbeat:
             running = (r for r in others if r not in self.seen or not self.seen[r][0].state)
             others = [*running][:1]
         now = time.monotonic()
-        for rank, text in zip(others, self.store.multi_get([*map(self._key, others)])):
+        texts = self.store.multi_get([*map(self._key, others)]) if others else []
+        for rank, text in zip(others, texts):
             beat = Beat(**json.loads(text))
             if rank not in self.seen or self.seen[rank][0].count != beat.count:
                 self.seen[rank] = (beat, now)
@@ -218,6 +219,7 @@ class Heartbeat:
         late = (MISSED - 0.5) * self.interval
         failed = [r for r, (beat, _) in self.seen.items() if beat.state not in ("", "ended")]
         silent = [r for r in self.seen if self._silence(r) > late]
+        ended = [r for r, (beat, _) in self.seen.items() if beat.state == "ended"]
         running = [r for r, (beat, _) in self.seen.items() if not beat.state]
         ahead = [r for r in running if not self.seen[r][0].waiting]
         unanswered = time.monotonic() - self._answered
@@ -238,6 +240,8 @@ class Heartbeat:
                 f"{self._names(silent)}, last seen {max(ago, late):.0f} s ago: the process was "
                 "killed or stopped, or its host or the network to it is gone"
             )
+        elif ended:
+            what = f"{self._names(ended)} has ended, while others wait for it"
         elif ahead:
             where = ", ".join(f"rank {r} is in {self.seen[r][0].where or '?'}" for r in ahead)
             what = (

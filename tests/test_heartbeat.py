@@ -41,6 +41,8 @@ PROGRAM = """
                 pathlib.Path(__file__).with_name("fate").touch()
                 if fate == "fails":
                     raise ValueError("a row of 3 tokens")
+                if fate == "leaves":
+                    sys.exit(0)
                 if fate in ("killed", "stopped", "lost"):
                     os.kill(os.getpid(), signal.SIGSTOP if fate == "stopped" else signal.SIGKILL)
                 if fate == "dawdles":  # at a lock that nobody gives back
@@ -122,6 +124,11 @@ def test_a_rank_that_failed_is_quoted(
     (error,) = errors(end_of_others(tmp_path, processes, "fails")[0])
     assert "rank 1 (" in error and "in step 7): ValueError: a row of 3 tokens" in error
     assert "ValueError: a row of 3 tokens" in processes[1].communicate()[1]  # its own traceback
+
+
+def test_a_rank_that_left_is_named(tmp_path: Path, processes: list[subprocess.Popen[str]]) -> None:
+    (error,) = errors(end_of_others(tmp_path, processes, "leaves")[0])
+    assert re.search(r"rank 1 \(.* in step 7\) has ended, while others wait for it", error)
 
 
 def test_a_rank_that_is_behind_is_named_with_its_place(

@@ -104,7 +104,7 @@ def test_a_host_vanishes_and_the_others_go_on(three: Cluster, base: Path, tmp_pa
     """torchrun starts the two that are left again, by the same command, which resumes."""
     argv = [
         *BASE_FLAGS, "--model_tag=elastic", "--resume", "--save_every=20", "--eval_every=-1",
-        "--num_iterations=200", "--keep_last=-1", f"--rank_timeout={TIMEOUT}",
+        "--num_iterations=100", "--keep_last=-1", f"--rank_timeout={TIMEOUT}",
         "--total_batch_size=768",
     ]  # fmt: skip
     run = Run(
@@ -115,13 +115,13 @@ def test_a_host_vanishes_and_the_others_go_on(three: Cluster, base: Path, tmp_pa
     three.hosts[2].vanish()
     assert run.wait("a", "b") == [0, 0], run.everything()
     said = run.said("a")
-    assert "200 steps, 3 rank(s)" in said and "200 steps, 2 rank(s)" in said, said
+    assert "100 steps, 3 rank(s)" in said and "100 steps, 2 rank(s)" in said, said
     resumed = re.search(r"resumed .* at step (\d+)", said)
-    assert resumed and 0 < int(resumed[1]) < 200, said
+    assert resumed and 0 < int(resumed[1]) < 100, said
     named = [error for error in errors(run.said("a") + run.said("b")) if "host c, pid " in error]
     assert named and "in step " in named[0], run.everything()
-    assert list_steps("base", "elastic")[-1] == 200
-    assert sorted(losses("elastic")) == list(range(1, 201))
+    assert list_steps("base", "elastic")[-1] == 100
+    assert sorted(losses("elastic")) == list(range(1, 101))
 
 
 @pytest.mark.slow
@@ -149,4 +149,4 @@ def test_a_rank_that_is_missing_is_named_in_time(
     if fate == "cut off":
         (error,) = errors(run.said("b"))
         assert re.search(r"no answer for \d+ s from 10\.77\.0\.1:\d+.*\(host a, pid", error)
-    assert "[rank" not in run.everything()  # a traceback of ours
+    assert not re.search(r"^\[rank\d+\]: ", run.everything(), re.M)  # a traceback
