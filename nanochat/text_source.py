@@ -21,9 +21,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ from nanochat.token_cache import (
 )
 from nanochat.tokenizer import Tokenizer
 from nanochat.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 MIN_SHARD = 8 << 20  # bytes: smaller files are packed together, or each would waste its last row
 BATCH_CHARS = 4_000_000  # characters tokenized at a time: what bounds memory, and how soon we end
@@ -62,9 +64,10 @@ class TextSource:
     ) -> None:
         self.files, self.tokenizer, self.keep, self.stream = files, tokenizer, keep, stream
         self.cache = Path(cache).expanduser() if cache else get_base_dir() / "token_cache"
-        self.shards = _group(files)
+        self.shards = group(files, [path.stat().st_size for path in files])
         self.keys = self._keys(self.shards)
         self.fingerprint = fingerprint(*self.keys)
+        self.num_made = 0  # shards that we have tokenized into the cache
         self._background: subprocess.Popen[bytes] | None = None
 
     def num_shards(self) -> int:
@@ -117,6 +120,7 @@ class TextSource:
                 if folder.exists():
                     warn0(f"{folder} is damaged and made again")
                 write_folder(folder, self._encode(shard))
+                self.num_made += 1
                 documents = open_folder(folder)
         if documents is None:
             raise UserError(f"{folder} was damaged right after it was written; check the disk")
@@ -190,13 +194,8 @@ class TextSource:
 
     def _job(self, shards: Sequence[int]) -> dict[str, Any]:
         """What another process must know to prepare these shards, ready for JSON."""
-        vocabulary = self.tokenizer.vocabulary
-        tokens = sorted(vocabulary.ranks, key=vocabulary.ranks.__getitem__)
         return {
-            "tokens": [token.decode("latin-1") for token in tokens],
-            "pattern": vocabulary.pattern,
-            "specials": vocabulary.specials,
-            "normalization": vocabulary.normalization,
+            "tokenizer": describe_tokenizer(self.tokenizer),
             "shards": [[str(path.absolute()) for path in self.shards[k]] for k in shards],
             "keep": self.keep,
             "cache": str(self.cache.absolute()),
@@ -219,16 +218,16 @@ class TextSource:
         )  # it is a second until it listens
 
 
-def _group(files: Sequence[Path]) -> list[list[Path]]:
+def group(files: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
     """The files in order, as shards of at least MIN_SHARD bytes (the last one may be smaller)."""
-    shards: list[list[Path]] = []
-    size = MIN_SHARD
-    for path in files:
-        if size >= MIN_SHARD:
+    shards: list[list[T]] = []
+    total = MIN_SHARD
+    for file, size in zip(files, sizes):
+        if total >= MIN_SHARD:
             shards.append([])
-            size = 0
-        shards[-1].append(path)
-        size += path.stat().st_size
+            total = 0
+        shards[-1].append(file)
+        total += size
     return shards
 
 
@@ -261,13 +260,33 @@ def _size(size: float) -> str:
 # The background process
 
 
+def describe_tokenizer(tokenizer: Any) -> str:
+    """What another process must know to encode as this tokenizer does."""
+    vocabulary = tokenizer.vocabulary
+    tokens = sorted(vocabulary.ranks, key=vocabulary.ranks.__getitem__)
+    return json.dumps(
+        {
+            "tokens": [token.decode("latin-1") for token in tokens],
+            "pattern": vocabulary.pattern,
+            "specials": vocabulary.specials,
+            "normalization": vocabulary.normalization,
+        }
+    )
+
+
+@lru_cache(maxsize=1)
+def tokenizer_of(description: str) -> Tokenizer:
+    """The tokenizer that was described; the same one when it is asked for again."""
+    about = json.loads(description)
+    ranks = {token.encode("latin-1"): id for id, token in enumerate(about["tokens"])}
+    return Tokenizer(Vocabulary(about["pattern"], ranks, about["specials"], about["normalization"]))
+
+
 def prepare_shards(job: dict[str, Any]) -> None:
     """Prepares the shards of a job (see prepare_ahead) that nobody else is preparing.
 
     A shard that is wrong is named and left; UserError or OSError where the disk is full."""
-    ranks = {token.encode("latin-1"): id for id, token in enumerate(job["tokens"])}
-    vocabulary = Vocabulary(job["pattern"], ranks, job["specials"], job["normalization"])
-    tokenizer = Tokenizer(vocabulary)
+    tokenizer = tokenizer_of(job["tokenizer"])
     for paths in job["shards"]:
         source = TextSource([*map(Path, paths)], tokenizer, job["keep"], job["cache"])
         source.check_disk([0])  # others use the disk too

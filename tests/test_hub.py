@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import re
@@ -13,10 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from nanochat import dataset, flags, shards
@@ -25,45 +20,20 @@ from nanochat.dataset import iter_texts, split_files, val_file
 from nanochat.hub import Meter
 from nanochat.shards import DEFAULT_REPO, shard_name
 from tests.conftest import REPO
-from tests.servers_for_tests import FileServer, drip, fail, html, redirect, reset, stall, truncate
+from tests.servers_for_tests import (
+    FakeHub,
+    FileServer,
+    drip,
+    fail,
+    html,
+    redirect,
+    reset,
+    shard,
+    stall,
+    truncate,
+)
 
 QUICK = ("--tries=3", "--timeout=1")
-
-
-def shard(index: int, rows: int | None = None) -> bytes:
-    """A parquet file; no two of the same size."""
-    buffer = io.BytesIO()
-    rows = 300 + 100 * index if rows is None else rows
-    texts = [f"shard {index} document {row}: ä, 你好" for row in range(rows)]
-    pq.write_table(pa.table({"text": texts}), buffer)
-    return buffer.getvalue()
-
-
-class FakeHub(FileServer):
-    """A hub with one data set, and its listing in pages of two where there is one."""
-
-    def __init__(self, repo: str, names: list[str]) -> None:
-        self.root = f"/datasets/{repo}/resolve/main/"
-        super().__init__({self.root + name: shard(i) for i, name in enumerate(names)})
-        self.tree = f"/api/datasets/{repo}/tree/main?limit=1000"
-
-    def publish_listing(self) -> None:
-        entries: list[dict[str, Any]] = [{"type": "file", "path": "README.md", "size": 7}]
-        for path, data in self.files.items():
-            if path.startswith(self.root):
-                lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
-                name = path.removeprefix(self.root)
-                entries.append({"type": "file", "path": name, "size": len(data), "lfs": lfs})
-        pages = [entries[i : i + 2] for i in range(0, len(entries), 2)]
-        for i, page in enumerate(pages):
-            path = self.tree if i == 0 else f"{self.tree}&cursor={i}"
-            self.files[path] = json.dumps(page).encode()
-            if i + 1 < len(pages):
-                following = f'<{self.url}{self.tree}&cursor={i + 1}>; rel="next"'
-                self.headers[path] = {"Link": following}
-
-    def shards_asked_for(self) -> list[str]:
-        return [p.removeprefix(self.root)[6:11] for p in self.paths if p.startswith(self.root)]
 
 
 @pytest.fixture
