@@ -10,8 +10,8 @@ How far a long task is, in one style wherever people wait.
         ...
 
 On a terminal it is a bar with the speed and the time left; elsewhere a line about every ten seconds
-and one at the end, or none if it was over within a second. It goes to stderr, for what a command
-prints on stdout may be data. Only rank 0 speaks. Floor 0.
+and one at the end. What takes less than ten seconds leaves no line. It goes to stderr, for what a
+command prints on stdout may be data. Only rank 0 speaks. Floor 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from nanochat.common import is_rank0
 T = TypeVar("T")
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
-QUIET_SECONDS = 1.0  # what is over sooner leaves no line behind
 REFRESHES = 4  # a second, on a terminal
 
 
@@ -117,19 +116,21 @@ class Progress:
         self.eta = Eta(self.eta.total, self.eta.done, self._began)
         # Of threads, the main one: what others do in the background is no news
         if is_rank0() and threading.current_thread() is threading.main_thread():
-            self._how = "live" if self._stream().isatty() else "lines"
-        if self._how == "live":
-            self._begin_display()
+            console = Console(stderr=not self.stdout)
+            self._how = "lines"
+            if self._stream().isatty() and not console.is_dumb_terminal:
+                self._how = "live"
+                self._begin_display(console)
         return self
 
-    def _begin_display(self) -> None:
+    def _begin_display(self, console: Console) -> None:
         # What is printed meanwhile appears above the bar; what a pipe gets is left alone
         all_here = sys.stdout.isatty() and sys.stderr.isatty()
         self._display = rich.progress.Progress(
             _Words(lambda: "" if self._text else self.what, Column(no_wrap=True)),
             rich.progress.BarColumn(None, table_column=Column(ratio=1, min_width=5, max_width=40)),
             _Words(lambda: self._text or self.state(), Column(no_wrap=True)),
-            console=Console(stderr=not self.stdout), transient=True, expand=True,
+            console=console, transient=True, expand=True,
             auto_refresh=self._ticking, refresh_per_second=REFRESHES,
             redirect_stdout=all_here, redirect_stderr=all_here,
         )  # fmt: skip
@@ -146,9 +147,9 @@ class Progress:
             if _shown:
                 _start(_shown[-1])
         over = self.clock() - self._began
-        if error is None and (self._text or over >= QUIET_SECONDS):
+        if error is None and self._text is None and over >= LINE_SECONDS:
             done = f"{self.count()} in " if self.eta.done else ""
-            self.note(self._text or f"{self.what}: {done}{duration(over)}")
+            self.note(f"{self.what}: {done}{duration(over)}")
         self._how = "silent"
 
     # ---------------------------------------------------------------------------------------------
@@ -167,10 +168,19 @@ class Progress:
         with self._lock:
             self.eta.total = total
 
-    def show(self, text: str | None = None, now: bool = False) -> None:
-        """Shows how it stands, or `text` in place of that: when it is time, or `now`."""
+    def restart(self, total: float | None, what: str, unit: str = "", start: float = 0) -> None:
+        """The next part of the same task, at a speed of its own."""
+        with self._lock:
+            self.what, self.unit = what, unit
+            self.eta = Eta(total, start, self.clock())
+
+    def show(self, text: str | None = None, now: bool = False, last: bool = False) -> None:
+        """Shows how it stands, or `text` in place of that: when it is time, or `now`. A text of
+        one's own stays behind as a line if it is the `last`."""
         with self._lock:
             self._text = text
+            if last and text is not None:
+                return self.note(text)
             since = self.clock() - self._told
             if self._how == "live":
                 task = self._display.tasks[0]
@@ -204,15 +214,17 @@ class Progress:
 
     def state(self) -> str:
         """How it stands: count, speed, and time left or gone."""
-        speed, left = self.eta.speed(), self.eta.left()
+        speed = self.eta.speed()
         words = [self.count()] if self.eta.done or self.eta.total is not None else []
         if speed is not None:
             words.append(f"{filesize.decimal(int(speed))}/s" if self.unit == "B" else pace(speed))
-        if left is not None:
-            words.append(f"{duration(left)} left")
-        else:
-            words.append(duration(self.clock() - self._began))
-        return ", ".join(words)
+        return ", ".join([*words, self.rest()])
+
+    def rest(self) -> str:
+        """The time left, or gone where that is not known."""
+        left = self.eta.left()
+        gone = self.clock() - self._began
+        return f"{duration(gone)} so far" if left is None else f"{duration(left)} left"
 
 
 class _Words(rich.progress.ProgressColumn):

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ import numpy as np
 from nanochat.common import UserError, fingerprint, get_base_dir, print0, warn0
 from nanochat.dataset import Keep, iter_texts, text_size
 from nanochat.packing import Documents
+from nanochat.progress import Progress
 from nanochat.threads import end_if_over, in_thread
 from nanochat.token_cache import (
     claim,
@@ -88,8 +89,12 @@ class TextSource:
             return self._in_memory(shard)
         folder = self._folder(shard)
         documents = open_folder(folder)
+        if documents is not None:
+            return documents
+        size = sum(map(text_size, self.shards[shard]))
         try:
-            return documents or self.prepare(shard, wait=True)  # type: ignore[return-value]
+            with Progress(size, f"tokenizing {self.shards[shard][0].name}", "B") as bar:
+                return self.prepare(shard, wait=True, read=bar.advance)  # type: ignore[return-value]
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):  # hours into a run, perhaps
                 warn0(f"{e}: no room for {folder}; this shard is tokenized into memory")
@@ -107,8 +112,11 @@ class TextSource:
         offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
         return Documents(np.concatenate(ids), offsets)
 
-    def prepare(self, shard: int, wait: bool) -> Documents | None:
+    def prepare(
+        self, shard: int, wait: bool, read: Callable[[int], None] = lambda size: None
+    ) -> Documents | None:
         """Tokenizes a shard into the cache. None if another process is at it and we do not wait.
+        `read` hears of the bytes of text that are done.
 
         Raises OSError where the cache cannot be written."""
         folder = self._folder(shard)
@@ -119,14 +127,16 @@ class TextSource:
             if documents is None:
                 if folder.exists():
                     warn0(f"{folder} is damaged and made again")
-                write_folder(folder, self._encode(shard))
+                write_folder(folder, self._encode(shard, read))
                 self.num_made += 1
                 documents = open_folder(folder)
         if documents is None:
             raise UserError(f"{folder} was damaged right after it was written; check the disk")
         return documents
 
-    def _encode(self, shard: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _encode(
+        self, shard: int, read: Callable[[int], None] = lambda size: None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids, lengths) of the shard's documents, each after bos, some megabytes at a time."""
         bos, paths = self.tokenizer.get_bos_token_id(), self.shards[shard]
         found = 0
@@ -137,6 +147,7 @@ class TextSource:
                     end_if_over()
                     ids, offsets = self.tokenizer.encode_batch(texts, prepend=bos)
                     found += len(texts)
+                    read(sum(map(len, texts)))  # characters: of most text, about as many bytes
                     yield ids, np.diff(offsets)
             except OSError as e:
                 raise UserError(f"{path} cannot be read: {e}") from e

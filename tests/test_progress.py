@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.progress import Eta, Progress, duration, pace, track
-from tests.conftest import REPO
+from tests.terminals_for_tests import on_a_terminal
 
 
 class Clock:
@@ -169,7 +166,7 @@ def test_bytes_and_what_was_there_before(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_task_of_unknown_length(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     with Progress(None, "merging", clock=clock) as bar:
-        assert bar.state() == "0 s"
+        assert bar.state() == "0 s so far"
         clock.now += 90
     assert capsys.readouterr().err == "merging: 1:30 min\n"
 
@@ -179,9 +176,10 @@ def test_text_of_ones_own_at_once_or_in_its_time(capsys: pytest.CaptureFixture[s
     with Progress(10, "base", clock=clock) as bar:
         for i in range(1, 11):
             bar.advance(show=False)
-            bar.show(f"step {i}", now=i == 1)
+            bar.show(f"step {i}", now=i == 1, last=i == 10)
             clock.now += 3
-    assert capsys.readouterr().err.split("\n") == ["step 1", "step 5", "step 9", "step 10", ""]
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["step 1", "step 5", "step 9", "step 10"]
 
 
 def test_what_is_over_at_once_or_fails_leaves_no_last_line(
@@ -191,10 +189,25 @@ def test_what_is_over_at_once_or_fails_leaves_no_last_line(
     clock = Clock()
     with pytest.raises(ValueError), Progress(3, "reading", clock=clock) as bar:
         bar.advance()
-        clock.now += 5
+        clock.now += 50
         raise ValueError
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+def test_two_parts_of_one_task(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Progress(1.0, "reading", clock=clock) as bar:
+        bar.advance(0.5, show=False)
+        bar.show("reading: half")
+        clock.now += 30
+        bar.restart(400, "merging", "tokens")
+        clock.now += 10
+        bar.advance(100)
+    assert capsys.readouterr().err.splitlines() == [
+        "merging: 100 of 400 tokens, 10.0/s, 30 s left",
+        "merging: 100 of 400 tokens in 40 s",
+    ]
 
 
 def test_only_rank_0_speaks_and_of_its_threads_the_main_one(
@@ -234,7 +247,9 @@ def test_threads_may_advance_it_together() -> None:
 
 PROGRAM = """
 import sys, time
+from nanochat import progress
 from nanochat.progress import Progress, track
+progress.LINE_SECONDS = 1.0
 for _ in track(range(3), "reading [weights]", "tensors"):
     time.sleep(0.4)
 print("to stdout")
@@ -250,31 +265,8 @@ with Progress(4, "outer", "steps", stdout=True, ticking=False) as outer:
 """
 
 
-def on_a_terminal(argv: list[str], **env: str) -> str:
-    """What a command shows on a pseudo-terminal."""
-    pty = pytest.importorskip("pty")
-    main, terminal = pty.openpty()
-    process = subprocess.Popen(
-        argv, cwd=REPO, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "100", **env},
-    )  # fmt: skip
-    os.close(terminal)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(main, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(main)
-    assert process.wait(timeout=120) == 0, shown
-    return shown.decode()
-
-
 def test_on_a_terminal_there_is_one_bar_and_what_is_printed_is_above_it() -> None:
-    shown = on_a_terminal([sys.executable, "-c", PROGRAM])
+    shown = on_a_terminal(PROGRAM)
     assert "reading [weights]" in shown and "━" in shown and "1 of 3 tensors" in shown
     assert "s left" in shown
     lines = shown.replace("\r", "\n").split("\n")
@@ -284,7 +276,6 @@ def test_on_a_terminal_there_is_one_bar_and_what_is_printed_is_above_it() -> Non
     assert any(line.endswith("\x1b[2Ka line [between]") for line in lines)
     assert lines.count("\x1b[2Knoted") == 4
     assert any("━" in line and "outer step 2/4 | loss [1.0]" in line for line in lines)
-    assert any(line.endswith("outer step 4/4 | loss [1.0]") and "━" not in line for line in lines)
     # The inner bar came after the outer one was erased, and the outer one came back
     inner = [i for i, line in enumerate(lines) if "inner" in line and "━" in line]
     outer = [i for i, line in enumerate(lines) if "outer" in line and "━" in line]
@@ -293,10 +284,16 @@ def test_on_a_terminal_there_is_one_bar_and_what_is_printed_is_above_it() -> Non
     assert shown.rfind("\x1b[?25l") < shown.rfind("\x1b[?25h")  # the cursor is there again
 
 
+def test_a_terminal_that_can_do_nothing_gets_lines() -> None:
+    shown = on_a_terminal(PROGRAM, TERM="dumb")
+    assert "\x1b" not in shown and "━" not in shown
+    assert "reading [weights]: 3 of 3 tensors in 1 s\r\n" in shown
+
+
 def test_a_pipe_gets_what_was_printed_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = f"import sys\nsys.stdout = open({str(out)!r}, 'w', encoding='utf-8')\n{PROGRAM}"
-    shown = on_a_terminal([sys.executable, "-c", program])
+    shown = on_a_terminal(program)
     assert "inner" in shown and "to stdout" not in shown
     said = out.read_text(encoding="utf-8")
     assert "\x1b" not in said and "━" not in said
