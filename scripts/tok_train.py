@@ -103,6 +103,7 @@ class Meter:
         self.corpus, self.bar = corpus, bar
         self.size = max(1, sum(map(text_size, corpus.files.train)))
         self.merging = False
+        self.bar.show("reading")
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Called by the trainer about once a second, see Tokenizer.train."""

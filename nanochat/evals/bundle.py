@@ -54,7 +54,7 @@ def _fetch(bundle_dir: Path) -> None:
     # Somebody who is offline should not wait for minutes to hear of it
     patience = Patience(pause=lambda s: time.sleep(min(s, 2.0)))
     with Progress(None, f"downloading {BUNDLE_URL}", "B") as bar:
-        download(BUNDLE_URL, archive, _check_zip, bar.advance, patience)
+        download(BUNDLE_URL, archive, _check_zip, progress=bar.advance, patience=patience)
     unpack(archive, bundle_dir)
     archive.unlink()
 
