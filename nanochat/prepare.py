@@ -359,7 +359,7 @@ def estimate(cores: int, price: float) -> str:
     ]  # fmt: skip
     lines = [
         f"{shards:,} shards, {shards * SHARD_CHARS / 1e9:,.0f}B characters, {mb / 1e6:,.2f} TB of "
-        f"text, on {cores} cores at ${price:g} an hour of each core:",
+        f"text, on {cores} cores at ${price:g} a core-hour:",
         f"{'':<20} {'core-hours':>10} {'hours':>7} {'dollars':>8}   measured on",
     ]
     for name, seconds, result in rows:
@@ -368,13 +368,14 @@ def estimate(cores: int, price: float) -> str:
             f"{name:<20} {hours:>10.2f} {hours / cores:>7.3f} {hours * price:>8.2f}   "
             f"{machine['cores']} cores of {machine['cpu']}, load before {result['load_before']}"
         )
-    fastest = rows[0][1] / cores
-    lines.append(
-        f"To keep up with the encoder, disk and network must bring "
-        f"{shards * SHARD_BYTES / fastest / 1e6:,.0f} MB/s of packed shards ({shards} times "
-        f"{SHARD_BYTES / 1e6:.0f} MB in all) and take {2 * tokens / fastest / 1e6:,.0f} MB/s of "
-        f"ids ({2 * tokens / 1e9:,.0f} GB): mostly it is they that decide."
-    )
+    seconds = rows[0][1] / cores
+    lines += [
+        f"To keep up with the encoder, network and disk must bring "
+        f"{shards * SHARD_BYTES / seconds / 1e6:,.0f} MB/s of packed",
+        f"shards ({shards * SHARD_BYTES / 1e9:,.0f} GB in all) and take "
+        f"{2 * tokens / seconds / 1e6:,.0f} MB/s of ids ({2 * tokens / 1e9:,.0f} GB): mostly it is "
+        "they that decide.",
+    ]
     return "\n".join(lines)
 
 

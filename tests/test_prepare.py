@@ -186,6 +186,20 @@ def test_of_the_first_n_shards_the_validation_shard_is_the_last(hub: FakeHub) ->
     assert sorted(cached()) == ["shard_00000", "shard_00001", "shard_00004"]
 
 
+def test_another_data_set_is_gone_on_with(
+    own_base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_tokenizer().save(own_base_dir / "tokenizer")
+    with FakeHub("me/mine", [f"shard_{i:05d}.parquet" for i in range(4)]) as fake:
+        monkeypatch.setenv("HF_ENDPOINT", fake.url)
+        fake.publish_listing()
+        cli("--repo=me/mine", "--shard_range=0:2")
+        cli("--shard_range=2:")  # what base_data/ holds is recorded
+        assert sorted(fake.shards_asked_for()) == ["00000", "00001", "00002", "00003"]
+    assert split_files().val.name == "shard_00003.parquet"
+    assert len(cached()) == 4
+
+
 # ---- again, torn, wrong
 
 
@@ -389,7 +403,7 @@ def test_the_estimate_is_reckoned_from_the_results(
     assert "read, encode, write        0.64   0.064     1.28" in text
     assert "144 shards, 36B characters" in text
     # In 72 s on 10 cores: 14,400 MB of shards, and 9B tokens of 2 bytes
-    assert "200 MB/s of packed shards" in text and "250 MB/s of ids (18 GB)" in text
+    assert "200 MB/s of packed\nshards (14 GB in all)" in text and "250 MB/s of ids (18 GB)" in text
 
 
 def test_the_estimate_of_the_whole_data_set(capsys: pytest.CaptureFixture[str]) -> None:
