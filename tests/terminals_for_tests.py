@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ from tests.conftest import REPO
 
 
 def on_a_terminal(program: str, *argv: str, columns: int = 100, **env: str) -> str:
-    """Runs Python code on a pseudo-terminal, where it has to end well; returns what was shown."""
+    """Runs Python code on a pseudo-terminal, where it has to end well; returns what was
+    shown, colours left out."""
     pty = pytest.importorskip("pty")
     main, terminal = pty.openpty()
     size = {"TERM": "xterm", "COLUMNS": str(columns)}
@@ -32,4 +34,4 @@ def on_a_terminal(program: str, *argv: str, columns: int = 100, **env: str) -> s
         shown += piece
     os.close(main)
     assert process.wait(timeout=120) == 0, shown.decode(errors="replace")
-    return shown.decode()
+    return re.sub(r"\x1b\[[\d;]*m", "", shown.decode())
