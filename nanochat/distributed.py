@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from nanochat import rank_log
 from nanochat.common import UserError
 
 # mallopt's names (malloc.h): sizes in bytes from which memory is given back to the kernel
@@ -85,6 +86,9 @@ def session(
     torch.manual_seed(seed)
     try:
         yield DistInfo(rank, local_rank, world_size, device)
+    except Exception as e:
+        rank_log.report(e)  # before the others notice that this one has left
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

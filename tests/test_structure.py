@@ -28,8 +28,9 @@ from tests.conftest import REPO
 FLOORS = {
     "common": 0,
     **dict.fromkeys(
-        ["conversation", "download", "execution", "execution_child", "flags", "launch"], 0.5
+        ["conversation", "download", "execution", "execution_child", "launch", "rank_log"], 0.5
     ),
+    "flags": 0.75,
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
     **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
