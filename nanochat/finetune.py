@@ -248,7 +248,10 @@ def optimizer_of(args: ConversationFlags, start: Start, info: distributed.DistIn
         return lora.adapt(start.model, args)
     rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
     return continued_optimizer(
-        lambda: make_optimizer(start.model, *rates, args.init_lr_frac), args, start, info.device
+        lambda: make_optimizer(start.model, *rates, args.init_lr_frac, shard=args.shard),
+        args,
+        start,
+        info.device,
     )
 
 

@@ -95,11 +95,11 @@ def _add_matrices(linear: LoraLinear, rank: int, alpha: float, generator: torch.
     linear.register_buffer("lora_scale", torch.full((), alpha / rank, device=device))
 
 
-def lora_optimizer(model: Any, lr: float) -> MuonAdamW:
+def lora_optimizer(model: Any, lr: float, shard: str = "zero") -> MuonAdamW:
     """AdamW, as in the paper, of what has gradients, and of nothing else. Muon's steps would be of
     full rank in A and B, whose product alone means something."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return MuonAdamW([ParamGroup("adamw", params, lr, betas=(0.9, 0.999), eps=1e-8)])
+    return MuonAdamW([ParamGroup("adamw", params, lr, betas=(0.9, 0.999), eps=1e-8)], shard)
 
 
 def adapt(model: Any, args: Any) -> MuonAdamW:
@@ -109,7 +109,7 @@ def adapt(model: Any, args: Any) -> MuonAdamW:
         raise UserError("--fp8 computes in the matrices that --lora_rank freezes; leave --fp8 away")
     num_params = sum(p.numel() for p in model.parameters())
     count = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-    optimizer = lora_optimizer(model, args.lora_lr)
+    optimizer = lora_optimizer(model, args.lora_lr, args.shard)
     trained = sum(p.numel() for p in optimizer.named.values())
     print0(
         f"LoRA of rank {args.lora_rank} beside {count} matrices: {trained:,} parameters are "

@@ -140,8 +140,8 @@ def adamw_update(
 class MuonAdamW:
     """See the module docstring. `step` takes what the schedule says for this step."""
 
-    def __init__(self, groups: list[ParamGroup]) -> None:
-        self.groups = groups
+    def __init__(self, groups: list[ParamGroup], shard: str = "zero") -> None:
+        self.groups, self.shard = groups, shard
         self.state: dict[str, dict[str, Tensor]] = defaultdict(dict)  # of owned parameters only
         self.num_steps = 0  # steps taken, for AdamW's bias correction
         self.rank, self.world_size = rank_and_world()
@@ -167,6 +167,8 @@ class MuonAdamW:
 
     def owned(self, group: ParamGroup) -> dict[str, nn.Parameter]:
         """The group's parameters that this rank updates."""
+        if self.shard == "none":
+            return group.params
         return {n: p for n, p in group.params.items() if self.owner[n] == self.rank}
 
     def zero_grad(self) -> None:
@@ -207,21 +209,23 @@ class MuonAdamW:
         for p in self.named.values():
             if p.grad is None:  # not used in this step on this rank, perhaps on another
                 p.grad = torch.zeros_like(p)
-        if self.world_size > 1:
+        if self.world_size > 1 and self.shard == "none":
+            self._wait(dist.all_reduce(p.grad, async_op=True) for p in self.named.values())
+        elif self.world_size > 1:
             self._wait(
                 dist.reduce(p.grad, dst=self.owner[name], async_op=True)  # type: ignore[arg-type]
                 for name, p in self.named.items()
             )
 
     def _global_norm(self) -> Tensor:
-        mine = [p.grad for n, p in self.named.items() if self.owner[n] == self.rank]
+        mine = [p.grad for group in self.groups for p in self.owned(group).values()]
         total = torch.zeros((), device=next(iter(self.named.values())).device)
         if mine:
             total = torch.stack(torch._foreach_norm(mine)).float().square().sum()  # type: ignore[arg-type]
-        return all_reduce_sum(total).sqrt()
+        return (total if self.shard == "none" else all_reduce_sum(total)).sqrt()
 
     def _broadcast_parameters(self) -> None:
-        if self.world_size > 1:
+        if self.world_size > 1 and self.shard != "none":
             self._wait(
                 dist.broadcast(p.data, src=self.owner[name], async_op=True)
                 for name, p in self.named.items()
@@ -298,11 +302,12 @@ class MuonAdamW:
         result: dict[str, Tensor] = {}
         for group in self.groups:
             for name, p in group.params.items():
-                mine = self.owner[name] == self.rank
+                mine = self.shard == "none" or self.owner[name] == self.rank
                 # Other ranks' entries are received into tensors of the same shapes
                 empty = self._empty_state(group, p.detach()) if not mine else {}
                 for entry, held in (self._state(name, group) if mine else empty).items():
-                    tensor = self._to_rank0(held, self.owner[name])
+                    owner = 0 if self.shard == "none" else self.owner[name]
+                    tensor = self._to_rank0(held, owner)
                     if self.rank == 0:
                         result[f"{name}/{entry}"] = tensor.to("cpu", copy=True)
         return result
@@ -361,6 +366,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     lr_frac: float = 1.0,
     scalar_lr: float = 0.1,
+    shard: str = "zero",
 ) -> MuonAdamW:
     """The optimizer for a model of ours. AdamW rates are for width 768 and scale by 1/sqrt(width);
     `lr_frac` scales all of them (finetuning). Only matrices decay: rows of tables that are seldom
@@ -381,4 +387,4 @@ def make_optimizer(
         how = ADAMW_KINDS[kind]
         lr = rates[how.rate] * how.share * lr_frac
         groups.append(ParamGroup("adamw", params, lr, betas=how.betas))
-    return MuonAdamW(groups)
+    return MuonAdamW(groups, shard)

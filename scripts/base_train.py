@@ -138,7 +138,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     args.init_lr_frac = lr_frac(args.init_lr_frac, source_meta)
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-        args.init_lr_frac, args.scalar_lr,
+        args.init_lr_frac, args.scalar_lr, args.shard,
     )  # fmt: skip
     args.device_batch_size = confirm(
         settled, args, model, optimizer, info, rows_per_step, args.max_seq_len

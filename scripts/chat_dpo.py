@@ -127,7 +127,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
     else:
         optimizer = make_optimizer(
             model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-            args.init_lr_frac,
+            args.init_lr_frac, shard=args.shard,
         )  # fmt: skip
     # The two replies of a pair go through together: their loss is one
     settled = (max(2, settled[0]), settled[1])

@@ -166,7 +166,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         num_steps *= args.inner_steps
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-        args.init_lr_frac,
+        args.init_lr_frac, shard=args.shard,
     )  # fmt: skip
     # Before the Trainer, which may load a resumed run's weights; and before memory is measured
     reference = frozen_copy(model) if args.kl else None
