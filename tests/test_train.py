@@ -31,7 +31,6 @@ from tests.tiny_world import (
     RL_FLAGS,
     make_world,
     run_stage,
-    torchrun,
     torchrun_command,
 )
 from tests.tokenizers_for_tests import big_qwen, tiny_qwen
@@ -199,24 +198,6 @@ def test_pretraining_goes_on_with_another_tokenizer(
         assert torch.equal(weight[rows], old.state_dict()[name][rows]), name
     with pytest.raises(UserError, match="needs a --source_tag"):
         run_stage("base_train", *BASE_FLAGS, "--retrain_embeddings")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage, script, argv, steps", STAGES)
-def test_two_ranks_resume_what_one_began(
-    base: Path, stage: str, script: str, argv: list[str], steps: int
-) -> None:
-    """Under torchrun with two gloo ranks: the same rows, and the same losses as one process."""
-    source = [] if stage == "base" else ["--source_tag=d2"]
-    argv = [*argv, *source, "--device_batch_size=1", "--save_every=2", "--keep_last=-1"]
-    run_stage(script, *argv, "--model_tag=one")
-    shutil.copytree(step_dir(stage, "one", 2), step_dir(stage, "two", 2))
-    shutil.copy(log_path(stage, "one"), log_path(stage, "two"))
-    done = torchrun(2, script, *argv, "--model_tag=two", "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(stage, "two") == pytest.approx(losses(stage, "one"), rel=1e-3, abs=1e-5)
-    assert list_steps(stage, "two") == list_steps(stage, "one")[: steps // 2]
-    assert weights(stage, "one", steps).keys() == weights(stage, "two", steps).keys()
 
 
 @pytest.mark.slow
