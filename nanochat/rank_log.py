@@ -27,6 +27,8 @@ try:
 except ImportError:  # Windows: then a killed rank is not named
     fcntl = None  # type: ignore[assignment]
 
+HEADER = "--- rank "  # begins what a process writes in its rank's file
+FAILED = "--- failed ---"  # in a file, before what a rank raised
 LIVE = "\r\x1b[2K"  # begins a line that takes the place of the one before, on a terminal
 # What gloo, NCCL and the store say when the process at the other end has ended
 LOST = re.compile(
@@ -79,8 +81,8 @@ class RankLog:
         self.console = os.dup(2)  # rank 0's messages end here, other ranks' only if they fail
         when = time.strftime("%Y-%m-%d %H:%M:%S")
         self.file.write(
-            f"--- {when} rank {rank} of {world_size} on {socket.gethostname()}, "
-            f"process {os.getpid()}: {' '.join(sys.argv)}\n"
+            f"{HEADER}{rank} of {world_size} on {socket.gethostname()}, process {os.getpid()}, "
+            f"{when}: {' '.join(sys.argv)}\n"
         )
 
     def path_of(self, rank: int) -> Path:
@@ -142,7 +144,7 @@ class RankLog:
             return
         self.said = True
         text = "".join(traceback.format_exception(error))
-        self.file.write(text)
+        self.file.write(f"{FAILED}\n{text}")
         # Collectives raise RuntimeErrors; a download's are of other kinds
         lost = isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
         dead = self._wait_for_reason() if lost else []
@@ -150,11 +152,7 @@ class RankLog:
             self._tell_torchrun("another rank had failed", 1)
             return self._to_file()
         if dead:
-            text = (
-                f"error: {ranks(dead)} ended without a word, as a process that is killed does (for "
-                f"memory, perhaps: see the system's log); the signal's name follows below. Rank "
-                f"{self.rank} then lost its connection. Last words: {self.path_of(dead[0])}\n"
-            )
+            text = self._words_of(dead)
         elif isinstance(error, UserError):
             text = f"error (rank {self.rank}): {error}\n"
         else:
@@ -177,6 +175,27 @@ class RankLog:
                 return dead
             time.sleep(0.02)
         return []
+
+    def _words_of(self, dead: list[int]) -> str:
+        """What there is to say of ranks that have ended: one on another machine may have raised
+        something, and said so there."""
+        words = {rank: self.last_words(rank) for rank in dead}
+        first = [rank for rank in dead if not LOST.search(words[rank])] or dead
+        where = f"{self.path_of(first[0])}\n"
+        if words[first[0]]:
+            return f"error: rank {first[0]} failed: {words[first[0]]}\nIt says more in {where}"
+        return (
+            f"error: {ranks(first)} ended without a word: killed, perhaps for want of memory (the "
+            f"signal's name follows below). What it said before: {where}"
+        )
+
+    def last_words(self, rank: int) -> str:
+        """The last line of what a rank raised; "" if it ended without."""
+        said = self.path_of(rank).read_text(encoding="utf-8", errors="replace")
+        said = said.rpartition(f"\n{FAILED}\n")[2] if f"\n{FAILED}\n" in said else ""
+        lines = said.strip().splitlines()
+        again = any(line.startswith(HEADER) for line in lines)  # started again after that
+        return lines[-1] if lines and not again else ""
 
     def _tell_torchrun(self, message: str, later: int) -> None:
         """The line that torchrun's page shows for this rank; what comes `later` (in seconds, the

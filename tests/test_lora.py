@@ -162,8 +162,8 @@ def files(tag: str, step: int = 6) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_from_start_to_chat(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Resumed it is the same to the bit; loaded without any flag it is a
-    plain model; the next stage trains all of that."""
+    """Resumed it is the same to the bit; loaded without any flag it is a plain model; the next
+    stage trains all of that."""
     run_stage("mid_train", *LORA_FLAGS, "--model_tag=whole", "--save_every=3", "--keep_last=-1")
     said = capsys.readouterr().out
     whole = files("whole")

@@ -91,7 +91,7 @@ def test_rank_0_speaks_and_every_rank_has_a_file(base: Path, tmp_path: Path) -> 
     assert not re.search(r"by (print|a child), [12]", done.stdout)
     assert "what each of 3 ranks says: " in done.stdout
     for rank, text in enumerate(files(base)):
-        assert f"rank {rank} of 3" in text.splitlines()[0]
+        assert text.startswith(f"--- rank {rank} of 3 on ")
         assert f"by print, {rank}" in text
         assert ("only once" in text) == (rank == 0)
         assert ("by a child, " in text) == (rank != 0), "a child of rank 0 has the console"
@@ -194,14 +194,42 @@ def test_ranks_that_have_ended_are_known_by_their_locks(
     pytest.importorskip("fcntl")
     monkeypatch.setattr(rank_log, "PATIENCE", 0.05)
     assert logs[0].gone() == []
-    logs[1].report(ConnectionResetError("Connection reset by peer"))  # a download's
-    assert "rank 1 of 3 failed\n" in console(tmp_path)
-    assert logs[1].claim is not None
-    logs[1].claim.unlink()
+    logs[2].report(ConnectionResetError("Connection reset by peer"))  # a download's
+    assert "rank 2 of 3 failed\n" in console(tmp_path)
+    assert logs[2].claim is not None
+    logs[2].claim.unlink()
     logs[1].lock.close()
     assert logs[0].gone() == [1] == logs[2].gone() and logs[0].another_failed()
     logs[0].report(RuntimeError("Read error: Connection reset by peer"))
     assert console(tmp_path).splitlines()[-1].startswith("error: rank 1 ended without a word")
+
+
+def test_what_a_rank_on_another_machine_raised(
+    tmp_path: Path, logs: list[RankLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said on its console; where the folder is shared it is said here, too."""
+    pytest.importorskip("fcntl")
+    monkeypatch.setattr(rank_log, "PATIENCE", 0.05)
+    for log in logs[1:]:
+        log.claim = tmp_path / "the other machine's"
+    there = tmp_path / "its console"
+    os.close(logs[2].console)
+    logs[2].console = os.open(there, os.O_WRONLY | os.O_CREAT)
+    logs[2].report(UserError("give --data"))
+    logs[1].report(RuntimeError("Connection closed by peer"))
+    assert there.read_text(encoding="utf-8") == "error (rank 2): give --data\n"
+    for log in logs[1:]:
+        log.lock.close()
+    logs[0].report(RuntimeError("Connection closed by peer"))
+    assert console(tmp_path).splitlines() == [
+        "error: rank 2 failed: nanochat.common.UserError: give --data",
+        f"It says more in {logs[2].path}",
+    ]
+    again = RankLog(logs[2].folder, 2, 3)
+    assert again.last_words(2) == "", "what an earlier process of this rank raised"
+    for handle in (again.file, again.lock):
+        handle.close()
+    os.close(again.console)
 
 
 def test_a_connection_that_is_lost_for_no_known_reason(

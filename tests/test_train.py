@@ -28,7 +28,6 @@ from tests.tiny_world import (
     BASE_FLAGS,
     MID_FLAGS,
     REPO,
-    RL_FLAGS,
     make_world,
     run_stage,
     torchrun_command,
@@ -81,11 +80,6 @@ def test_golden_curve(base: Path, arch: str) -> None:
 
 def golden_flags(arch: str) -> list[str]:
     return [*BASE_FLAGS, "--num_iterations=20", f"--model_tag=golden-{arch}", f"--arch={arch}"]
-
-
-STAGES = [("base", "base_train", BASE_FLAGS, 6), ("mid", "mid_train", MID_FLAGS, 6),
-          ("sft", "chat_sft", [*MID_FLAGS, "--total_batch_size=256"], 6),
-          ("rl", "chat_rl", RL_FLAGS, 4)]  # fmt: skip
 
 
 def test_resume_refuses_what_differs(base: Path) -> None:
