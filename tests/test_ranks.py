@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks_for_tests import Run, do_runs, failures_of, log_of, seen_by, values_of
+from tests.runs_on_ranks import Run, do_runs, failures_of, log_of, seen_by, values_of
 from tests.tiny_world import make_world
 
 pytestmark = pytest.mark.slow
