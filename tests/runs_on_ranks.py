@@ -17,11 +17,12 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from nanochat.checkpoint import LOG, run_dir, step_dir
 from nanochat.common import read_jsonl
@@ -128,6 +129,8 @@ def rows_of(batch: Any) -> list[Any]:
 def work(process: int, ports: list[int], folder: Path, runs: Sequence[Run]) -> None:
     """One of the processes: it takes its part in the runs, in their order. `ports`: of the store
     of all of them, and of each run's own."""
+    torch.set_num_threads(1)
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
     init = dist.init_process_group
     limit = timedelta(seconds=PATIENCE)
     dist.init_process_group = lambda *args, **kwargs: init(*args, **{**kwargs, "timeout": limit})
@@ -196,7 +199,9 @@ def do_runs(folder: Path, runs: Sequence[Run]) -> None:
         for _ in range(1 + len(runs))
     ]
     ports = [store.port for store in stores]
-    context = torch.multiprocessing.get_context("spawn")
+    # The server imports torch once, and its children begin with it
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", __name__])
     processes = [
         context.Process(target=work, args=(process, ports, folder, runs))
         for process in range(PROCESSES)

@@ -43,7 +43,12 @@ FLAGS = {
 ARCHS = ("gpt", "qwen2.5", "turbo")
 # How ranks share out the model, with the (ranks, pretended machines) that take turns: each stage
 # and each architecture meets each of them, in every mode.
-MODES = {"zero": [(2, 1), (3, 1), (4, 1)], "none": [(3, 1), (4, 1), (2, 1)]}
+MODES = {
+    "zero": [(2, 1), (3, 1), (4, 1)],
+    "none": [(3, 1), (4, 1), (2, 1)],
+    "fsdp": [(4, 1), (2, 1), (3, 1)],
+    "hsdp": [(4, 2)],
+}
 Layout = tuple[str, int, int]
 
 
@@ -84,13 +89,15 @@ SPLIT = {
 }  # fmt: skip
 # (stage, architecture, the mode that saved, or alone, and the one that goes on with so many ranks)
 CHANGES = [
-    ("base", "gpt", "", ("zero", 3, 1)),
+    ("base", "gpt", "", ("fsdp", 3, 1)),
     ("base", "turbo", "zero", ("none", 1, 1)),
-    ("base", "qwen2.5", "none", ("zero", 2, 1)),
-    ("mid", "gpt", "zero", ("none", 2, 1)),
-    ("sft", "turbo", "none", ("zero", 3, 1)),
-    ("rl", "qwen2.5", "zero", ("zero", 4, 1)),
-    ("dpo", "gpt", "none", ("zero", 3, 1)),
+    ("base", "qwen2.5", "fsdp", ("hsdp", 4, 2)),
+    ("mid", "turbo", "hsdp", ("zero", 3, 1)),
+    ("mid", "gpt", "fsdp", ("none", 1, 1)),
+    ("sft", "qwen2.5", "none", ("fsdp", 4, 1)),
+    ("rl", "gpt", "hsdp", ("fsdp", 3, 1)),
+    ("rl", "turbo", "zero", ("none", 3, 1)),
+    ("dpo", "qwen2.5", "fsdp", ("zero", 3, 1)),
 ]
 
 
