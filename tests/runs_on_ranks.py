@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ def work(process: int, ports: list[int], folder: Path, runs: Sequence[Run]) -> N
             if rank == 0:
                 store.set(f"done {run.key}", "")
         faulthandler.cancel_dump_traceback_later()
+        print(f"=== done after {time.process_time():.0f} s of a core", flush=True)
 
 
 def take_part(run: Run, rank: int, port: int, folder: Path, store: Any) -> None:
