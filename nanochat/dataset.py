@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from nanochat import flags
-from nanochat.common import UserError, get_base_dir, print0, read_jsonl, write_json
+from nanochat.common import UserError, get_base_dir, is_rank0, print0, read_jsonl, write_json
 from nanochat.download import Patience
 from nanochat.hub import Hub, fetch_files
 from nanochat.shards import (
@@ -152,7 +152,8 @@ def _pinned_val(data: str | None, files: list[Path]) -> tuple[Path, bool]:
     if key not in pins:
         first_choice = _last_held_out(files)
         pins[key] = {"file": names[files.index(first_choice)], "by_hash": len(files) == 1}
-        write_json(pins_path(), pins)
+        if is_rank0():  # the others come to the same choice; their host may not even write here
+            write_json(pins_path(), pins)
     pin = pins[key]
     if pin["file"] not in names:
         mend = f"Put it back, or name another by --val_data (the pin is in {pins_path()})"

@@ -34,6 +34,10 @@ T = TypeVar("T")
 
 Source = Literal["base", "mid", "sft", "rl", "dpo"]
 
+# Seconds that ranks wait for one another, as NCCL has it by default: longer than what one rank does
+# alone while the others wait (samples, a shard, compiling), and what a lost host can cost at most
+RANK_TIMEOUT = 600.0
+
 
 def alias(*names: str) -> Any:
     """Annotation that gives a flag short names: `steps: Annotated[int, alias("-s")] = 1`."""
@@ -120,6 +124,9 @@ class TrainFlags(PrecisionFlags):
 
     run: str = "dummy"
     """Name of a wandb run; "dummy" logs to files only."""
+    rank_timeout: float = RANK_TIMEOUT
+    """With several ranks: seconds that they wait for one that is silent, stopped or behind, before
+    they name it and end."""
     model_tag: str | None = None
     """Folder name of the checkpoints; default: d<depth>, or the tag of the model loaded."""
     seed: int = 42
@@ -272,9 +279,10 @@ class InheritedFlags(FinetuneFlags):
 FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
-        "run", "model_tag", "device_type", "device_batch_size", "activation_checkpointing",
-        "dtype", "compile", "shard", "shard_size", "preview", "resume", "repeats", "dry_run",
-        "resume_from_step", "allow_changes", "token_cache_dir", "stream", "eval_every",
+        "run", "model_tag", "rank_timeout", "device_type", "device_batch_size",
+        "activation_checkpointing", "dtype", "compile", "shard", "shard_size", "preview", "resume",
+        "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream",
+        "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         "chat_eval_every", "chat_eval_tasks", "chat_eval_problems", "chat_eval_max_new_tokens",

@@ -143,10 +143,15 @@ def write_folder(folder: Path, batches: Iterator[tuple[np.ndarray, np.ndarray]])
 def sweep(cache: Path) -> int:
     """Removes what killed processes left half-written; returns the bytes of ids that remain."""
     for tmp in cache.glob(".*.tmp"):
-        written = max((p.stat().st_mtime for p in tmp.iterdir()), default=tmp.stat().st_mtime)
-        if time.time() - written > STALE_SECONDS:
-            shutil.rmtree(tmp, ignore_errors=True)
-    return sum(path.stat().st_size for path in cache.glob("*/*.bin"))
+        with contextlib.suppress(OSError):  # another rank, or host, has renamed or removed it
+            written = max((p.stat().st_mtime for p in tmp.iterdir()), default=tmp.stat().st_mtime)
+            if time.time() - written > STALE_SECONDS:
+                shutil.rmtree(tmp, ignore_errors=True)
+    size = 0
+    for path in cache.glob("*/*.bin"):
+        with contextlib.suppress(OSError):
+            size += path.stat().st_size
+    return size
 
 
 def free_bytes(folder: Path) -> int:

@@ -40,7 +40,7 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import UserError, append_jsonl, print0, warn0
 from nanochat.dataloader import MicroBatch, StepLoader
-from nanochat.distributed import DistInfo, sum_over_ranks
+from nanochat.distributed import DistInfo, at_step, sum_over_ranks
 from nanochat.flags import TrainFlags
 from nanochat.meter import Meter, QuietCollector, StepRecord
 from nanochat.models import config_to_dict
@@ -313,6 +313,7 @@ class Trainer:
         On a GPU the step is queued, not done, when this returns; flush() waits for it."""
         self.meter.begin()
         number = self.state.step + 1
+        at_step(number)
         try:
             rates = (lr_mul, momentum, decay_mul)
             record = self.train_step.take(number, batches, rates, self.stopping())

@@ -32,9 +32,9 @@ FLOORS = {
     ),
     "flags": 0.75,
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
-    **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
+    **dict.fromkeys(["hub", "meeting", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
-    "shards": 0.9,
+    **dict.fromkeys(["heartbeat", "shards"], 0.9),
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
     **dict.fromkeys(["fp8", "recompute", "updates"], 1),
     "compiling": 1.25,
@@ -274,11 +274,11 @@ MODULE = re.compile(r"(?:scripts|nanochat)(?:\.\w+)+")
 def commands_in_shell(text: str) -> Iterator[list[str]]:
     """Every command that runs one of our modules, as the words from the module on.
 
-    Variables are replaced by what the text assigns to them if those are flags, else by 1, which
-    serves as a number and as a name. A function's own arguments ("$@") are left out."""
+    Variables are replaced by what the text (shell or YAML) assigns to them if those are flags, else
+    by 1, which serves as a number and as a name. A function's own arguments ("$@") are left out."""
     text = text.replace("\\\n", " ")
     assigned = dict(
-        re.findall(r"""^\s*(?:export )?(\w+)=["'(]*(-[^"')\n]*)["')]*\s*$""", text, re.M)
+        re.findall(r"""^\s*(?:export )?(\w+)(?:=|: )["'(]*(-[^"')\n]*)["')]*\s*$""", text, re.M)
     )
     for line in text.splitlines():
         line = line.strip()
@@ -365,7 +365,8 @@ def test_commands_are_found_where_they_are() -> None:
     markdown += "```python\n>>> from scripts.c import d\n```\n"
     assert list(commands_in_markdown(markdown)) == [["scripts.b"], ["scripts.a", "-b"]]
     shell = [p for p in documents() if p.name == "speedrun.sh"]
-    for path in [REPO / "README.md", *shell]:
+    others = [REPO / "docs" / "many_machines.md", *(REPO / "recipes").iterdir()]
+    for path in [REPO / "README.md", *shell, *others]:
         assert any(param.id.startswith(path.name) for param in documented_commands()), path.name
 
 
