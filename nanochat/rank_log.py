@@ -77,6 +77,8 @@ class RankLog:
         errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self.error_file = Path(errors) if errors else None
         self.claim = Path(errors).parent.parent / "first_failure" if errors else None
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # ranks of a node
+        self.neighbours = set(range(rank // here * here, rank // here * here + here))
         self.said = False
         self.console = os.dup(2)  # rank 0's messages end here, other ranks' only if they fail
         when = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -123,8 +125,10 @@ class RankLog:
         return found
 
     def another_failed(self) -> bool:
-        """Whether another rank of this node has said that it failed, or has ended."""
-        return (self.claim is not None and self.claim.exists()) or bool(self.gone())
+        """Whether another rank that this torchrun started has said that it failed, or has ended."""
+        if self.claim is None:
+            return False
+        return self.claim.exists() or not self.neighbours.isdisjoint(self.gone())
 
     def _is_first(self) -> bool:
         """Whether no other rank of this node has failed before. True once at most."""
@@ -246,5 +250,5 @@ def report(error: BaseException) -> bool:
 
 
 def another_failed() -> bool:
-    """Whether another rank is known to have failed."""
+    """Whether another rank of this node is known to have failed."""
     return _log is not None and _log.another_failed()
