@@ -5,7 +5,8 @@ PyTorch's fully_shard (Zhao et al. 2023, arXiv 2304.11277; docs.pytorch.org, tor
 leaves each rank some rows of every parameter. A block's weights come together just before it
 computes, and are given up after it; its gradients are summed to the ranks that hold the rows. With
 --shard=fsdp the rows are shared out over all ranks; with hsdp over the ranks of a node, whose links
-are fast, and every node has a copy, so that only gradients cross the network between them.
+are fast, and every node has a copy, so that only gradients cross the network between them; each
+node then takes the optimizer's step by itself, on its own copy of the state.
 
     model = build_sharded(config, info, "fsdp")      # no values yet: load_weights or init_sharded
     init_sharded(model, seed)                        # the values that one process would draw

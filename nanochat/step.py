@@ -200,4 +200,7 @@ def memory_advice(rows: int) -> str:
             f"Set --device_batch_size={rows // 2}, or --activation_checkpointing: the results stay "
             "the same"
         )
-    return "Set --activation_checkpointing, or a smaller --max_seq_len or --depth"
+    return (
+        "Set --activation_checkpointing, --shard=fsdp on several GPUs, or a smaller --max_seq_len "
+        "or --depth"
+    )

@@ -388,9 +388,10 @@ class Trainer:
         groups = self.model.param_groups()
         parts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
         num_params = sum(parts.values())
+        shared = f", --shard={self.args.shard}" if self.info.world_size > 1 else ""
         print0(
             f"{self.stage}: {self.tag}, {num_params:,} parameters, {self.num_steps} steps, "
-            f"{self.info.world_size} rank(s) on {self.info.device.type}\n"
+            f"{self.info.world_size} rank(s) on {self.info.device.type}{shared}\n"
             f"computing in {self.train_step}"
         )
         if self.info.rank == 0 and self._saved is None:
