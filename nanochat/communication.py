@@ -123,7 +123,8 @@ class PretendShare:
     optimizer asks for, without other ranks."""
 
     def __init__(self, p: Tensor, size: int) -> None:
-        self.shape, self.ndim, self.grad = p.shape, p.ndim, None
+        self.shape, self.ndim, self.requires_grad = p.shape, p.ndim, p.requires_grad
+        self.grad: Any = None
         self.device_mesh = self
         first, last = shard_rows(len(p), 0, size)
         self.held = p.detach().new_empty((last - first, *p.shape[1:]))

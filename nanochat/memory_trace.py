@@ -290,13 +290,17 @@ class TrainingTrace:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.trace = MemoryTrace(model.config.vocab_size)
         self.shares = shares
+        # LoRA's matrices are whole on every rank, beside frozen weights in shares
+        self.whole = [] if any(share.requires_grad for share in shares) else self.params
         for t in [*model.parameters(), *model.buffers()]:
             self.trace._note(t)
         for p in self.params:
             p.register_post_accumulate_grad_hook(self._accumulated)
         if shares:
+            kept = {id(p) for p in self.whole}
             for t in model.parameters():
-                self.trace.forget(t)
+                if id(t) not in kept:
+                    self.trace.forget(t)
             for share in shares:
                 self.trace._note(share.held)
         # The state of an optimizer is what its first step leaves behind; the second shows its peak.
@@ -329,17 +333,18 @@ class TrainingTrace:
     def _accumulated(self, p: Tensor) -> None:
         """A gradient is there; a sharded one is on its way to those that hold its rows."""
         assert p.grad is not None
-        if self.shares:
+        if self.whole:
+            self.trace.rename(p.grad, "gradients")
+        else:
             self.trace.forget(p.grad)
             p.grad = None
-        else:
-            self.trace.rename(p.grad, "gradients")
 
     def _gradients(self) -> None:
         with self.trace.part("gradients"):
             for share in self.shares:
-                share.grad = torch.empty_like(share.held)
-            for p in [] if self.shares else self.params:
+                if share.requires_grad:
+                    share.grad = torch.empty_like(share.held)
+            for p in self.whole:
                 p.grad = torch.empty_like(p)
 
     def micro_batch(self, batch: int, length: int) -> dict[str, int]:
@@ -348,7 +353,7 @@ class TrainingTrace:
         with self._tracing() as stand:
             for p in self.params:
                 p.grad = None
-            if self.accumulates and not self.shares:
+            if self.accumulates and self.whole:
                 self._gradients()
             trace.restart()
             idx = torch.empty((batch, length), dtype=torch.int64, device="meta")

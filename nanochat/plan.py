@@ -171,11 +171,10 @@ class Planner:
         blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(trace.model)]
         outside = sum(p.nbytes for p in trace.model.parameters()) - sum(blocks)
         own = sum(share.held.nbytes for share in trace.shares)
-        learned = 0 if self.setup.lora_rank else 1
-        return {
-            "weights": own + outside + 3 * max(blocks),
-            "gradients": learned * (own + 2 * outside + 2 * max(blocks)),
-        }
+        held = {"weights": own + outside + 3 * max(blocks)}
+        if not self.setup.lora_rank:  # whose gradients are whole on every rank
+            held["gradients"] = own + 2 * outside + 2 * max(blocks)
+        return held
 
     def weights(self) -> int:
         """Bytes of a copy of the weights on one rank."""

@@ -88,6 +88,18 @@ def test_shares_are_what_the_optimizer_holds_and_gradients_come_and_go() -> None
         assert {k: memory.micro_batch[k] for k in kept} == kept
 
 
+def test_frozen_weights_in_shares_have_neither_gradients_nor_state() -> None:
+    setup = replace(CPU, world_size=4, lora_rank=4)
+    whole, shares = (
+        Planner(SMALL["gpt"], replace(setup, shard=shard, shard_size=size), 8).memory(2)
+        for shard, size in (("zero", 1), ("fsdp", 4))
+    )
+    for name in ("gradients", "optimizer"):
+        assert shares.optimizer_step[name] == whole.optimizer_step[name] > 0
+    assert shares.optimizer_step["weights"] < 0.4 * whole.optimizer_step["weights"]
+    assert shares.micro_batch["gradients"] == whole.micro_batch["gradients"]
+
+
 @pytest.fixture(scope="module")
 def on_eight_gpus() -> dict[str, list[Planner]]:
     """A 7B model on 8 GPUs of 80 GB."""

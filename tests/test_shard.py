@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint import load_weights, optim_reader, save_checkpoint
+from nanochat.checkpoint import load_weights, optim_reader, save_checkpoint, snapshot
 from nanochat.common import UserError
 from nanochat.dataloader import MicroBatch
 from nanochat.distributed import DistInfo, local, local_rows
@@ -174,6 +174,10 @@ def rollouts(info: DistInfo) -> bool:
                 assert torch.allclose(model(idx), wanted, atol=1e-5)
                 assert torch.allclose(model.logits(model.hidden(idx)), wanted, atol=1e-5)
     assert all(hasattr(p, "device_mesh") for p in model.parameters())
+    with gathered(model):  # a signal may end a run in here, which then saves
+        saved = snapshot(model.state_dict())
+        assert saved.keys() == (plain.state_dict().keys() if info.rank == 0 else set())
+        assert all(torch.equal(t, plain.state_dict()[name]) for name, t in saved.items())
     optimizer = make_optimizer(model, *RATES)
     learn(model, optimizer, args, info, range(1))
     assert all(hasattr(p, "device_mesh") for p in model.parameters())
