@@ -22,6 +22,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from nanochat import rank_log
 from nanochat.common import UserError, get_base_dir
 from nanochat.flags import RANK_TIMEOUT
 from nanochat.heartbeat import Heartbeat, lost_contact
@@ -136,9 +137,14 @@ def _group(info: DistInfo, timeout: float) -> Iterator[None]:
         yield
     except Exception as e:
         lost = lost_contact(e)
-        if lost and (explained := heartbeat.explain(e)) is not e:
+        # What a rank of this node has said, or that it was killed, is known at once
+        known = lost and rank_log.another_failed()
+        if lost and not known and (explained := heartbeat.explain(e)) is not e:
+            rank_log.report(explained)
             raise explained from e
-        heartbeat.stop(f"{type(e).__name__}: {e}")  # the others will ask why we are gone
+        rank_log.report(e)  # before the others notice that this one has left
+        if not known:
+            heartbeat.stop(f"{type(e).__name__}: {e}")  # the others will ask why we are gone
         raise
     finally:
         _watch.clear()

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from nanochat import schedule
+from nanochat import rank_log, schedule
 from nanochat.checkpoint import (
     LOG,
     load_weights,
@@ -179,7 +179,8 @@ class Trainer:
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._stop_signal = signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.info.rank == 0:  # print() is not safe in a signal handler
+        # print() is not safe in a signal handler. When a rank has failed torchrun ends the others
+        if self.info.rank == 0 and not rank_log.another_failed():
             os.write(2, b"\nstopping: saving after this step; Ctrl-C quits at once, unsaved\n")
 
     def stopping(self) -> bool:

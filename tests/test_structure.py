@@ -28,9 +28,10 @@ from tests.conftest import REPO
 FLOORS = {
     "common": 0,
     **dict.fromkeys(
-        ["conversation", "download", "execution", "execution_child", "flags", "launch", "progress"],
-        0.5,
+        ["conversation", "download", "execution", "execution_child", "launch", "progress"], 0.5
     ),
+    "rank_log": 0.5,
+    "flags": 0.75,
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
     **dict.fromkeys(["hub", "meeting", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
