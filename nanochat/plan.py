@@ -78,9 +78,14 @@ class Memory:
     optimizer_step: dict[str, int]
 
     @property
+    def fullest(self) -> dict[str, int]:
+        """Bytes by part at the fuller of the two moments."""
+        return max(self.micro_batch, self.optimizer_step, key=lambda parts: sum(parts.values()))
+
+    @property
     def total(self) -> int:
         """Peak in bytes."""
-        return max(sum(self.micro_batch.values()), sum(self.optimizer_step.values()))
+        return sum(self.fullest.values())
 
     def table(self) -> str:
         """Rows for people, in GB (10^9 bytes)."""
@@ -239,9 +244,7 @@ def settle(
     rows = max(1, rows_per_step // info.world_size)
     planner = Planner(replace(config, sequence_len=max(length, config.sequence_len)), setup, rows)
     gpu = setup.device_type == "cuda"
-    modes: tuple[Mode, ...] = (
-        MODES if args.activation_checkpointing == "auto" else (args.activation_checkpointing,)
-    )
+    modes = modes_of(args)
     most = GPU_MICRO_BATCH_TOKENS if gpu else CPU_MICRO_BATCH_TOKENS
     limit = usable_memory(info)
     asked = args.device_batch_size if args.device_batch_size != "auto" else None
@@ -251,11 +254,7 @@ def settle(
             if asked is None:
                 print0(f"micro-batch: {batch} row(s) of {length} tokens")
             return batch, modes[0]
-    if asked is None:
-        memory = planner.choose(limit, most, modes, length)
-    else:
-        fitting = (planner.memory(asked, mode, length) for mode in modes)
-        memory = next((m for m in fitting if m.total <= limit), None)
+    memory = fitting(planner, args, limit, most, length)
     if memory is None:
         raise UserError(refusal(planner, limit, asked, modes, length))
     print0(
@@ -263,6 +262,24 @@ def settle(
         f"{length} tokens, --activation_checkpointing={memory.mode}"
     )
     return memory.batch, memory.mode
+
+
+def modes_of(args: TrainFlags) -> tuple[Mode, ...]:
+    """What --activation_checkpointing lets be recomputed, the least first."""
+    asked = args.activation_checkpointing
+    return MODES if asked == "auto" else (asked,)
+
+
+def fitting(
+    planner: Planner, args: TrainFlags, limit: int, most_tokens: int, length: int
+) -> Memory | None:
+    """What fits into `limit` bytes with the micro-batch and recomputing that the flags ask for, or
+    leave open; None if nothing does."""
+    modes = modes_of(args)
+    if args.device_batch_size == "auto":
+        return planner.choose(limit, most_tokens, modes, length)
+    found = (planner.memory(args.device_batch_size, mode, length) for mode in modes)
+    return next((memory for memory in found if memory.total <= limit), None)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ DEFAULT_REPO = "karpathy/fineweb-edu-100b-shuffle"
 LAST_SHARD = 1822  # of the default data set: validation, by name
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 SHARD_BYTES = 100_000_000  # about, where the server does not say
+SHARD_CHARS = 250_000_000  # about, of the default data set
 
 
 def pins_path() -> Path:

@@ -31,7 +31,7 @@ FLOORS = {
         ["conversation", "download", "execution", "execution_child", "flags", "launch"], 0.5
     ),
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
-    **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
+    **dict.fromkeys(["cluster", "hub", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
@@ -41,11 +41,11 @@ FLOORS = {
     **dict.fromkeys(["dataloader", "optim", "tasks", "text_source"], 2),
     "lora": 2.25,
     **dict.fromkeys(["plan", "primer", "rewards"], 2.5),
-    "trial": 2.75,
+    **dict.fromkeys(["traffic", "trial"], 2.75),
     **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
     "meter": 3,
     **dict.fromkeys(["hf_export", "hf_import", "recipe", "start", "step"], 3.5),
-    **dict.fromkeys(["gguf", "record"], 3.75),
+    **dict.fromkeys(["budget", "gguf", "record"], 3.75),
     **dict.fromkeys(["evals", "policy", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["dpo", "finetune", "rollout"], 4.5),
 }
