@@ -165,6 +165,24 @@ def max_over_ranks(value: float, device: torch.device | str = "cpu") -> float:
     return float(tensor)
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: all of it, unless it is sharded (a DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard_group(tensor: torch.Tensor) -> dist.ProcessGroup | None:
+    """The ranks over which a tensor's rows are shared out; None if they are not."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return None if mesh is None else mesh.get_group(mesh.ndim - 1)
+
+
+def shard_rows(num_rows: int, rank: int, size: int) -> tuple[int, int]:
+    """(first, one past the last) of the rows that a rank of `size` holds, as PyTorch's Shard(0) and
+    torch.chunk have it: all ranks as many, rounded up, until there are no more."""
+    each = -(-num_rows // size)
+    return min(rank * each, num_rows), min((rank + 1) * each, num_rows)
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if is_distributed():

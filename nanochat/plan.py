@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from nanochat.common import UserError, print0
+from nanochat.communication import PretendRanks, Ranks
 from nanochat.compiling import choose_compile
 from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import TrainFlags
@@ -27,7 +28,7 @@ from nanochat.lora import add_lora, lora_optimizer
 from nanochat.machine import free_memory
 from nanochat.memory_trace import TrainingTrace
 from nanochat.models import ARCHITECTURES, Config, arch_of
-from nanochat.optim import make_optimizer
+from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.precision import choose_precision
 from nanochat.recompute import MODES, Mode, recompute
 
@@ -65,6 +66,7 @@ class Setup:
     compiled: bool = True
     world_size: int = 1
     lora_rank: int = 0
+    shard: str = "zero"
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,12 @@ class Planner:
             model = ARCHITECTURES[arch_of(self.config)][0](self.config)
         if self.setup.lora_rank:
             add_lora(model, self.setup.lora_rank, alpha=1.0)
-            optimizer = lora_optimizer(model, 1.0)
+            groups = lora_optimizer(model, 1.0).groups
         else:
-            optimizer = make_optimizer(model, 1.0, 1.0, 1.0)  # rates take no memory
-        _largest_share(optimizer, self.setup.world_size)
+            groups = make_optimizer(model, 1.0, 1.0, 1.0).groups  # rates take no memory
+        optimizer = _of_fullest_rank(
+            lambda ranks: MuonAdamW(groups, self.setup.shard, ranks), self.setup.world_size
+        )
         return TrainingTrace(
             model,
             optimizer,
@@ -177,15 +181,14 @@ class Planner:
         return best
 
 
-def _largest_share(optimizer: Any, world_size: int) -> None:
-    """Makes it the optimizer of that rank which owns the most parameters among so many."""
-    optimizer.world_size = world_size
-    optimizer.owner = optimizer._assign_owners()
-    load = [0] * world_size
-    for name, rank in optimizer.owner.items():
-        load[rank] += optimizer.named[name].numel()
-    optimizer.rank = load.index(max(load))
-    optimizer.world_size = 1  # nothing is sent
+def _of_fullest_rank(make: Callable[[Ranks], MuonAdamW], world_size: int) -> MuonAdamW:
+    """The optimizer as that rank has it which owns the most among so many."""
+    shares = [
+        sum(w.numel() for _, bucket in make(PretendRanks(rank, world_size)).buckets
+            for w in bucket.weights)
+        for rank in range(world_size)
+    ]  # fmt: skip
+    return make(PretendRanks(shares.index(max(shares)), world_size))
 
 
 # -------------------------------------------------------------------------------------------------

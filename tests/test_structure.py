@@ -35,8 +35,8 @@ FLOORS = {
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
-    **dict.fromkeys(["compiling", "fp8", "memory_trace", "recompute"], 1),
-    "precision": 1.5,
+    **dict.fromkeys(["compiling", "fp8", "memory_trace", "recompute", "updates"], 1),
+    **dict.fromkeys(["communication", "precision"], 1.5),
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "tasks", "text_source"], 2),
     "lora": 2.25,
