@@ -17,13 +17,13 @@ from nanochat.common import get_base_dir, read_json
 from nanochat.flags import HorizonFlags
 from nanochat.machine import peak_flops
 from nanochat.models import SIZES, Config, build_model, config_to_dict, make_config
-from nanochat.optim import make_optimizer
+from nanochat.optim import make_optimizer, state_shapes
 from nanochat.plan import CUDA_RESERVE, GPU_MICRO_BATCH_TOKENS, Memory, Planner, Setup, fitting
 from nanochat.recipe import settle_horizon
 from nanochat.schedule import grad_accum_steps
 from nanochat.shards import LAST_SHARD, SHARD_BYTES, SHARD_CHARS
 from nanochat.tokenizer import get_tokenizer
-from nanochat.traffic import StepTime, Work, step_time, transfers
+from nanochat.traffic import FLOAT32, StepTime, Work, step_time, transfers
 
 CHARS_PER_TOKEN = 4.8  # of the default data set, with 65,536 tokens of its own
 PRICE = 3.0  # dollars for a GPU and hour: about what 8 H100 are let for
@@ -111,13 +111,11 @@ def checkpoints_kept(args: HorizonFlags, num_steps: int) -> int:
 def checkpoint_bytes(config: Config) -> int:
     """Bytes of the tensors of one checkpoint: weights and optimizer state in float32."""
     model = build_model(config, "meta")
-    optimizer = make_optimizer(model, 1.0, 1.0, 1.0)
-    total = sum(p.nbytes for p in model.parameters())
-    for group in optimizer.groups:
-        for p in group.params.values():
-            state = optimizer._empty_state(group, p.detach())
-            total += sum(t.nbytes for t in state.values())
-    return total
+    numbers = sum(p.numel() for p in model.parameters())
+    for group in make_optimizer(model, 1.0, 1.0, 1.0).groups:
+        for name in group.params:
+            numbers += sum(math.prod(shape) for shape in state_shapes(group, name).values())
+    return FLOAT32 * numbers
 
 
 # -------------------------------------------------------------------------------------------------
@@ -126,8 +124,8 @@ def checkpoint_bytes(config: Config) -> int:
 
 def setup_on(args: HorizonFlags, shard: str, cluster: Cluster) -> Setup:
     """The setup of a rank on such a GPU, as plan.setup_of would find it there."""
-    ranks = 1 if shard == "none" else cluster.gpus
-    return Setup("cuda", args.dtype != "float32", args.compile != "off", ranks)
+    half, compiled = args.dtype != "float32", args.compile != "off"
+    return Setup("cuda", half, compiled, cluster.gpus, shard=shard)
 
 
 def memory_limit(cluster: Cluster) -> int:
