@@ -183,6 +183,14 @@ def shard_rows(num_rows: int, rank: int, size: int) -> tuple[int, int]:
     return min(rank * each, num_rows), min((rank + 1) * each, num_rows)
 
 
+def local_rows(tensor: torch.Tensor) -> tuple[int, int]:
+    """The rows of a tensor that this rank holds; all of them unless it is sharded."""
+    group = shard_group(tensor)
+    if group is None:
+        return 0, len(tensor) if tensor.ndim else 1
+    return shard_rows(len(tensor), group.rank(), group.size())
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if is_distributed():

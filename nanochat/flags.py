@@ -112,9 +112,12 @@ class TrainFlags(PrecisionFlags):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step. auto: where a trial shows that it works, on a CPU only for a run
     that is long enough to gain by it."""
-    shard: Literal["auto", "none", "zero"] = "auto"
+    shard: Literal["auto", "none", "zero", "fsdp", "hsdp"] = "auto"
     """What several ranks share out. none: nothing, each keeps the whole optimizer state; zero: the
-    optimizer state. Results stay the same."""
+    optimizer state; fsdp: weights and gradients too, for models that do not fit; hsdp: these within
+    a node, and each node has all. auto: zero if that fits. Results stay the same."""
+    shard_size: int = -1
+    """Ranks over which --shard=hsdp shares out one copy; -1: those of a node."""
     fp8: bool = False
     """Compute the large inner matrix products of training in 8 bits (GPUs from Ada and Hopper on).
     Worth it from about a billion parameters."""
@@ -248,8 +251,8 @@ FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
         "run", "model_tag", "device_type", "device_batch_size", "activation_checkpointing",
-        "dtype", "compile", "shard", "preview", "resume", "repeats", "dry_run", "resume_from_step",
-        "allow_changes", "token_cache_dir", "stream", "eval_every",
+        "dtype", "compile", "shard", "shard_size", "preview", "resume", "repeats", "dry_run",
+        "resume_from_step", "allow_changes", "token_cache_dir", "stream", "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         "chat_eval_every", "chat_eval_tasks", "chat_eval_problems", "chat_eval_max_new_tokens",

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -45,6 +46,7 @@ from nanochat.meter import Meter, QuietCollector, StepRecord
 from nanochat.models import config_to_dict
 from nanochat.optim import MuonAdamW, refuse_divergence
 from nanochat.record import find_log, first_start, run_record
+from nanochat.shard import gathered
 from nanochat.start import find_resumable, identity, refuse_changes
 from nanochat.step import TrainStep, is_out_of_memory, out_of_memory
 
@@ -108,9 +110,12 @@ class Trainer:
         self._stop_signal = 0
         self._printed = 0.0
 
-    def autocast(self) -> Any:
-        """The context to evaluate in, in the format that the run computes in."""
-        return self.train_step.precision.autocast()
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context to evaluate in, in the format that the run computes in. All ranks must enter
+        it: see shard.gathered."""
+        with gathered(self.model), self.train_step.precision.autocast():
+            yield
 
     # ---------------------------------------------------------------------------------------------
     # Life of a run
@@ -248,9 +253,9 @@ class Trainer:
             return
         self.meter.pause()
         self._wait_for_save()
-        optim_state = self.optimizer.state_dict()
+        optim_state, weights = self.optimizer.state_dict(), snapshot(self.model.state_dict())
         if self.info.rank == 0:
-            weights, meta = snapshot(self.model.state_dict()), self._checkpoint_meta(events_done)
+            meta = self._checkpoint_meta(events_done)
             self._writing = self._writer.submit(
                 self._write, weights, optim_state, meta, self._aside_after
             )

@@ -35,8 +35,9 @@ FLOORS = {
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
-    **dict.fromkeys(["compiling", "fp8", "memory_trace", "recompute", "updates"], 1),
-    **dict.fromkeys(["communication", "precision"], 1.5),
+    **dict.fromkeys(["fp8", "memory_trace", "recompute", "updates"], 1),
+    "compiling": 1.25,
+    **dict.fromkeys(["communication", "precision", "shard"], 1.5),
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "tasks", "text_source"], 2),
     "lora": 2.25,
