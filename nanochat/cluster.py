@@ -2,7 +2,7 @@
 GPUs and what joins them, for arithmetic on paper: no device is asked.
 
 Numbers are the makers' data sheets, in units of ten. What of a link's rate arrives (LINK_SHARE) is
-an assumption, as is the network, which is a flag. Floor 0, above machine.py.
+an assumption, as is the network, which is a flag. Floor 1.75.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nanochat.common import UserError
 from nanochat.machine import peak_flops
+from nanochat.shard import shard_size
 
 # Share of a link's rate that large messages reach. NCCL's own tests report 0.8 to 0.9 of it.
 LINK_SHARE = 0.8
@@ -69,10 +70,17 @@ class Cluster:
     per_node: int = 8
     nodes: int = 1
     network: float = 50e9  # bytes/s each way for each GPU: 400 Gb/s
+    copy: int = -1  # GPUs over which hsdp shares out one copy of the weights; -1: those of a node
 
     @property
     def gpus(self) -> int:
         return self.per_node * self.nodes
+
+    def sharing(self, shard: str) -> int:
+        """GPUs over which --shard shares out weights (fsdp, hsdp) or updates (zero)."""
+        if shard == "hsdp":
+            return shard_size(shard, self.gpus, self.copy if self.copy > 0 else self.per_node)
+        return 1 if shard == "none" else self.gpus
 
     def bandwidth(self, ranks: int) -> float:
         """Bytes/s that a rank sends on a ring of the first so many ranks, while it receives."""

@@ -22,8 +22,9 @@ from torch import Tensor
 from nanochat.cluster import Cluster
 from nanochat.communication import PretendRanks
 from nanochat.models import Config, build_model
-from nanochat.optim import POLAR_EXPRESS, MuonAdamW, make_optimizer
+from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.recompute import blocks_of
+from nanochat.updates import POLAR_EXPRESS
 
 Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 Phase = Literal["forward", "backward", "reduce", "update", "spread"]
@@ -131,13 +132,6 @@ class Work:
         return cls(together, units, model.flops_per_token(), tokens, micro_batches)
 
 
-def ranks_that_share(shard: str, cluster: Cluster) -> int:
-    """Ranks over which the weights are shared out, or (zero) the updates."""
-    if shard == "none":
-        return 1
-    return min(cluster.per_node, cluster.gpus) if shard == "hsdp" else cluster.gpus
-
-
 def transfers(work: Work, shard: str, cluster: Cluster) -> Iterator[Transfer]:
     """Every collective of a step; none with one rank. In bytes of parameters, a rank sends twice
     as many with none and zero, three times as many a micro-batch with fsdp (Rajbhandari et al.
@@ -165,7 +159,7 @@ def transfers(work: Work, shard: str, cluster: Cluster) -> Iterator[Transfer]:
 def _of_shards(work: Work, shard: str, cluster: Cluster) -> Iterator[Transfer]:
     """A block's weights are gathered for the forward pass and again for the backward pass; those
     outside of the blocks stay in between."""
-    ranks = ranks_that_share(shard, cluster)
+    ranks = cluster.sharing(shard)
     copies, times = cluster.gpus // ranks, work.micro_batches
     for number, unit in enumerate(work.units):
         # FSDP2 cuts along rows, and all ranks' shares are as long as the longest
@@ -175,9 +169,9 @@ def _of_shards(work: Work, shard: str, cluster: Cluster) -> Iterator[Transfer]:
         if is_block:
             yield Transfer("weights", "all_gather", times, size, ranks, "backward")
         yield Transfer("gradients", "reduce_scatter", times, size, ranks, "backward")
-        if copies > 1:
-            size //= ranks
-            yield Transfer("gradients", "all_reduce", times, size, copies, "backward", across=True)
+        if copies > 1:  # once a step
+            size = FLOAT32 * mine
+            yield Transfer("gradients", "all_reduce", 1, size, copies, "backward", across=True)
     yield Transfer("norm", "all_reduce", 1, FLOAT32, ranks, "reduce")
     for one in work.together:
         if one.kind == "muon":
@@ -225,7 +219,7 @@ def step_time(work: Work, shard: str, cluster: Cluster, share: float) -> StepTim
     for phase, computing in (("forward", passes / 3), ("backward", passes * 2 / 3)):
         first = sent[phase] / len(work.units)
         exposed += max(0.0, first + sent[phase] - computing, first)
-    ranks, shared = ranks_that_share(shard, cluster), shard in ("fsdp", "hsdp")
+    ranks, shared = cluster.sharing(shard), shard in ("fsdp", "hsdp")
     back = [t.seconds(cluster) for t in found if t.phase == "spread"]
     update, done = 0.0, sent["update"]  # seconds since the norm: of the updates; until all is there
     for number, one in enumerate(_in_order(work.together, shared)):

@@ -31,7 +31,7 @@ FLOORS = {
         ["conversation", "download", "execution", "execution_child", "flags", "launch"], 0.5
     ),
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
-    **dict.fromkeys(["cluster", "hub", "tokenizer_files"], 0.75),
+    **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
@@ -39,6 +39,7 @@ FLOORS = {
     "compiling": 1.25,
     **dict.fromkeys(["communication", "precision", "shard"], 1.5),
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
+    "cluster": 1.75,
     **dict.fromkeys(["dataloader", "optim", "tasks", "text_source"], 2),
     "lora": 2.25,
     **dict.fromkeys(["plan", "primer", "rewards"], 2.5),
