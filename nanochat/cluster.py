@@ -83,15 +83,17 @@ class Cluster:
         return 1 if shard == "none" else self.gpus
 
     def bandwidth(self, ranks: int) -> float:
-        """Bytes/s that a rank sends on a ring of the first so many ranks, while it receives."""
-        return LINK_SHARE * (self.gpu.link if ranks <= self.per_node else self._way_out())
+        """Bytes/s that a rank sends on a ring of the first so many ranks, while it receives. A ring
+        leaves each node once, and NCCL lays as many rings as there are ways out: together they
+        carry what one link does, or as much as the ways out."""
+        link, ways_out = self.gpu.link, self.per_node * self.network
+        return LINK_SHARE * (link if ranks <= self.per_node else min(link, ways_out))
 
-    def across(self) -> float:
-        """The same on a ring of one rank of each node."""
-        return LINK_SHARE * self._way_out()
-
-    def _way_out(self) -> float:
-        return min(self.gpu.link, self.network)
+    def alone(self, ranks: int, across: bool) -> float:
+        """Bytes/s that a rank sends to each of the others by itself, or on a ring of one rank of
+        each node (`across`): what leaves the node takes its own way out."""
+        out = across or ranks > self.per_node
+        return LINK_SHARE * (min(self.gpu.link, self.network) if out else self.gpu.link)
 
     def latency(self, ranks: int) -> float:
         """Seconds until the first byte has been all the way round that ring."""

@@ -65,7 +65,10 @@ class Transfer:
         bandwidth. Calls queue behind each other."""
         if self.ranks < 2:
             return 0.0
-        bandwidth = cluster.across() if self.across else cluster.bandwidth(self.ranks)
+        if self.across or self.op == "all_to_all":
+            bandwidth = cluster.alone(self.ranks, self.across)
+        else:
+            bandwidth = cluster.bandwidth(self.ranks)
         latency = cluster.latency(cluster.gpus if self.across else self.ranks)
         rounds = 2 if self.op == "all_reduce" else 1
         return self.calls * rounds * latency + self.sent() / bandwidth

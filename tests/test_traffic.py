@@ -195,7 +195,8 @@ def test_bytes_sent_by_hand(op: Any, ranks: int, sent: float) -> None:
 
 
 def test_seconds_by_hand() -> None:
-    """A ring within a node goes over NVLink; one that leaves it is as slow as the way out."""
+    """A ring within a node goes over NVLink; one that leaves it shares all ways out of the node; an
+    exchange, and a ring of one rank of each node, have one each."""
     cluster = Cluster(H100, per_node=8, nodes=2, network=50e9)
     inside = Transfer("x", "all_gather", 3, 8_000_000, 8, "reduce")
     assert inside.seconds(cluster) == pytest.approx(
@@ -203,7 +204,15 @@ def test_seconds_by_hand() -> None:
     )
     outside = Transfer("x", "all_reduce", 1, 16_000_000, 16, "reduce")
     assert outside.seconds(cluster) == pytest.approx(
-        2 * (START + 14 * LINK_HOP + NETWORK_HOP) + 30_000_000 / (50e9 * LINK_SHARE)
+        2 * (START + 14 * LINK_HOP + NETWORK_HOP) + 30_000_000 / (8 * 50e9 * LINK_SHARE)
+    )
+    across = Transfer("x", "all_reduce", 1, 16_000_000, 2, "backward", across=True)
+    assert across.seconds(cluster) == pytest.approx(
+        2 * (START + 14 * LINK_HOP + NETWORK_HOP) + 16_000_000 / (50e9 * LINK_SHARE)
+    )
+    exchange = Transfer("x", "all_to_all", 1, 256_000_000, 16, "update")
+    assert exchange.seconds(cluster) == pytest.approx(
+        START + 14 * LINK_HOP + NETWORK_HOP + 15_000_000 / (50e9 * LINK_SHARE)
     )
 
 
