@@ -28,11 +28,12 @@ class Gpu:
     memory: float  # bytes
     hbm: float  # bytes/s of its memory
     link: float  # bytes/s each way to the others of a node: NVLink, or PCI Express
+    measured_flops: float | None = None  # of what is in no table
 
     @property
     def peak(self) -> float:
         """Dense bfloat16 FLOP/s."""
-        found = peak_flops(self.name)
+        found = self.measured_flops or peak_flops(self.name)
         assert found is not None, self.name
         return found
 

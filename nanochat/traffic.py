@@ -119,6 +119,7 @@ class Work:
     flops_per_token: int
     tokens: int  # of the step, over all ranks
     micro_batches: int  # on each rank
+    gathered: int = FLOAT32  # bytes of an entry of a weight that FSDP gathers
 
     @classmethod
     def of(cls, config: Config, tokens: int, micro_batches: int) -> Work:
@@ -162,16 +163,16 @@ def transfers(work: Work, shard: str, cluster: Cluster) -> Iterator[Transfer]:
 def _of_shards(work: Work, shard: str, cluster: Cluster) -> Iterator[Transfer]:
     """A block's weights are gathered for the forward pass and again for the backward pass; those
     outside of the blocks stay in between."""
+    phase: Phase
     ranks = cluster.sharing(shard)
     copies, times = cluster.gpus // ranks, work.micro_batches
     for number, unit in enumerate(work.units):
         # FSDP2 cuts along rows, and all ranks' shares are as long as the longest
         mine = sum(-(-shape[0] // ranks) * (shape.numel() // shape[0]) for shape in unit)
-        size, is_block = FLOAT32 * ranks * mine * times, number < len(work.units) - 1
-        yield Transfer("weights", "all_gather", times, size, ranks, "forward")
-        if is_block:
-            yield Transfer("weights", "all_gather", times, size, ranks, "backward")
-        yield Transfer("gradients", "reduce_scatter", times, size, ranks, "backward")
+        whole = ranks * mine * times
+        for phase in ("forward", "backward") if number < len(work.units) - 1 else ("forward",):
+            yield Transfer("weights", "all_gather", times, work.gathered * whole, ranks, phase)
+        yield Transfer("gradients", "reduce_scatter", times, FLOAT32 * whole, ranks, "backward")
         if copies > 1:  # once a step
             size = FLOAT32 * mine
             yield Transfer("gradients", "all_reduce", 1, size, copies, "backward", across=True)
