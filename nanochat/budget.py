@@ -8,7 +8,7 @@ schedule.py, plan.py); hours are a model's (traffic.py) and as good as its assum
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ from nanochat.flags import HorizonFlags
 from nanochat.machine import peak_flops
 from nanochat.models import SIZES, Config, build_model, config_to_dict, make_config
 from nanochat.optim import make_optimizer, state_shapes
-from nanochat.plan import CUDA_RESERVE, GPU_MICRO_BATCH_TOKENS, Memory, Planner, Setup, fitting
+from nanochat.plan import (
+    CUDA_RESERVE,
+    GPU_MICRO_BATCH_TOKENS,
+    Memory,
+    Planner,
+    Setup,
+    candidates,
+    fitting,
+)
 from nanochat.recipe import settle_horizon
 from nanochat.schedule import grad_accum_steps
 from nanochat.shards import LAST_SHARD, SHARD_BYTES, SHARD_CHARS
@@ -122,23 +130,31 @@ def checkpoint_bytes(config: Config) -> int:
 # Memory and time
 
 
-def setup_on(args: HorizonFlags, shard: str, cluster: Cluster) -> Setup:
-    """The setup of a rank on such a GPU, as plan.setup_of would find it there."""
-    half, compiled = args.dtype != "float32", args.compile != "off"
-    return Setup("cuda", half, compiled, cluster.gpus, shard=shard)
-
-
 def memory_limit(cluster: Cluster) -> int:
     """Bytes of one GPU that tensors may take."""
     return int(cluster.gpu.memory) - CUDA_RESERVE
 
 
-def memory_of(run: Run, shard: str, cluster: Cluster, args: HorizonFlags) -> Memory | None:
+def setups(args: HorizonFlags, cluster: Cluster, compare: bool) -> list[Setup]:
+    """How a rank may hold its part of the run there, in the order in which base_train tries them;
+    with `compare` followed by all other values of --shard."""
+    # As plan.setup_of finds it on such a GPU
+    half, compiled = args.dtype != "float32", args.compile != "off"
+    setup = Setup("cuda", half, compiled, cluster.gpus)
+    found = candidates(args, setup, cluster.per_node)
+    others = ("none", "fsdp", "hsdp") if compare and cluster.gpus > 1 else ()
+    for shard in others if args.shard == "auto" else ():
+        if shard != "hsdp" or cluster.nodes > 1:
+            found += candidates(replace(args, shard=shard), setup, cluster.per_node)
+    return list({each.shard: each for each in found}.values())
+
+
+def memory_of(run: Run, setup: Setup, cluster: Cluster, args: HorizonFlags) -> Memory | None:
     """One GPU's memory with the micro-batch and recomputing that base_train would choose; None if
     nothing fits."""
     length = run.config.sequence_len
     rows = max(1, run.tokens_per_step // length // cluster.gpus)
-    planner = Planner(run.config, setup_on(args, shard, cluster), rows)
+    planner = Planner(run.config, setup, rows)
     return fitting(planner, args, memory_limit(cluster), GPU_MICRO_BATCH_TOKENS, length)
 
 
@@ -278,13 +294,12 @@ def make_budget(
 ) -> Budget:
     """The budget of a run on a cluster, with the flags it was planned for. mfu: see share_of_peak.
     `compare`: the memory of every --shard, and not of the one alone that would be taken."""
-    shards = [args.shard] if args.shard != "auto" else modes_on(cluster)
     memory: dict[str, Memory | None] = {}
-    for shard in shards:
-        memory[shard] = memory_of(run, shard, cluster, args)
-        if memory[shard] is not None and not compare:
+    for setup in setups(args, cluster, compare):
+        memory[setup.shard] = memory_of(run, setup, cluster, args)
+        if memory[setup.shard] is not None and not compare:
             break
-    shard = next((shard for shard in memory if memory[shard] is not None), shards[0])
+    shard = next((name for name, found in memory.items() if found), next(iter(memory)))
     share = share_of_peak(cluster.gpu.name, run.num_params, mfu)
     step, sent = None, 0.0
     if (chosen := memory[shard]) is not None:
@@ -297,8 +312,3 @@ def make_budget(
     checkpoints = checkpoints_kept(args, run.num_steps)
     disk = disk_bytes(run, there, chars_per_token, checkpoints, stream)
     return Budget(run, cluster, chars_per_token, disk, memory, shard, share, step, sent, price)
-
-
-def modes_on(cluster: Cluster) -> list[str]:
-    """What --shard can be there, in the order in which it is to be tried."""
-    return ["none"] if cluster.gpus == 1 else ["zero", "none"]

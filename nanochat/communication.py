@@ -112,6 +112,34 @@ class PretendRanks(Ranks):
     def all_gather(self, all_of_it: Tensor, mine: Tensor) -> Any:
         return _Nothing()
 
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> Any:
+        return _Nothing()
+
+
+class PretendShare:
+    """A parameter of which this rank would hold its first rows: as much of a DTensor as the
+    optimizer asks for, without other ranks."""
+
+    def __init__(self, p: Tensor, size: int) -> None:
+        self.shape, self.ndim, self.grad = p.shape, p.ndim, None
+        self.device_mesh = self
+        first, last = shard_rows(len(p), 0, size)
+        self.held = p.detach().new_empty((last - first, *p.shape[1:]))
+
+    def get_group(self, dim: int) -> Any:
+        return "pretended"
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def detach(self) -> PretendShare:
+        return self
+
+    def to_local(self) -> Tensor:
+        return self.held
+
 
 class Bucket:
     """Parameters that are whole on every rank, which updates all of them: see the module."""
@@ -143,6 +171,10 @@ class Bucket:
 
     def finish(self) -> None:
         """Until all weights are there."""
+
+    def num_held(self) -> list[int]:
+        """How many elements each rank updates."""
+        return [sum(p.numel() for p in self.params.values())] * self.ranks.size
 
     def held(self, name: str, entry: str, shape: Sequence[int]) -> list[Held]:
         """Which ranks hold what of an entry, of that shape, of the parameter's state."""
@@ -183,7 +215,7 @@ class Owned(Divided):
             self._slots = _whole_slots(sizes, ranks.size, load)
         else:
             self._slots = _cut_slots(sizes, ranks.size)
-        lengths = [sum(stop - start for _, start, stop in slot) for slot in self._slots]
+        lengths = self.num_held()
         self._chunk = max(lengths)  # elements of a rank's stretch
         # One parameter that fills the stretches travels as it lies
         self._direct = len(params) == 1 and min(lengths) == self._chunk
@@ -245,6 +277,9 @@ class Owned(Divided):
             if into:
                 torch._foreach_copy_(into, come)
         self._buffer = torch.empty(0)
+
+    def num_held(self) -> list[int]:
+        return [sum(stop - start for _, start, stop in slot) for slot in self._slots]
 
     def held(self, name: str, entry: str, shape: Sequence[int]) -> list[Held]:
         whole, size = self.params[name].numel(), math.prod(shape)

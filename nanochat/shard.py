@@ -19,6 +19,8 @@ gradients are summed, not averaged. Floor 1.5.
 from __future__ import annotations
 
 import os
+import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 
 from nanochat.common import UserError
 from nanochat.distributed import DistInfo, local, local_rows
-from nanochat.models import ARCHITECTURES, Config, arch_of
+from nanochat.flags import TrainFlags
+from nanochat.models import ARCHITECTURES, Config, arch_of, build_model
 from nanochat.recompute import Mode, blocks_of, recompute
 
 
@@ -48,6 +51,20 @@ def shard_size(shard: str, world_size: int, asked: int = -1) -> int:
             f"{size}; set --shard_size to a divisor, or use --shard=fsdp"
         )
     return size
+
+
+def build_for(
+    args: TrainFlags, config: Config, info: DistInfo, mode: Mode, seed: int | None = None
+) -> Any:
+    """A model to train as --shard says (settled: not auto), with recompute's `mode`; with a seed
+    new weights, else none yet. All ranks must call it."""
+    size = shard_size(args.shard, info.world_size, args.shard_size)
+    if size == 1:
+        return build_model(config, info.device, seed=seed)
+    model = build_sharded(config, info, size, mode)
+    if seed is not None:
+        init_sharded(model, seed)
+    return model
 
 
 def make_mesh(device_type: str, world_size: int, size: int) -> DeviceMesh:
@@ -70,6 +87,8 @@ def _build(config: Config, mesh: DeviceMesh, device: torch.device, mode: Mode) -
     # Here, as importing it takes a second that runs without it need not spend
     from torch.distributed.fsdp import fully_shard
 
+    # Of losses by token, which are views: nothing here changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     with torch.device("meta"):
         model = ARCHITECTURES[arch_of(config)][0](config)
     recompute(model, mode)
@@ -133,20 +152,17 @@ def gathered(model: Any) -> Iterator[None]:
     if not parts or getattr(model, "is_gathered", False):
         yield
         return
-    if not hasattr(model, "is_gathered"):
-        # The first pass of all must be the whole model's, by which FSDP knows what contains what
-        device = local(next(model.parameters())).device
-        with torch.no_grad():
-            model(torch.zeros((1, 1), dtype=torch.int64, device=device))
+    # FSDP's hooks would take note of each forward pass, and fetch weights ahead by those notes in
+    # the next backward pass: which hangs where ranks have run unequal numbers of them
+    hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     model.is_gathered = True
     try:
         for part in parts:
-            part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
+            part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
         yield
     finally:
-        model.is_gathered = False
-        for part in parts:
+        for part, (before, after) in zip(parts, hooks):
+            part._forward_pre_hooks, part._forward_hooks = before, after
             part.reshard()
-            # The root's are wanted again as soon as the backward pass begins
-            part.set_reshard_after_forward(part is not model, recurse=False)
+        model.is_gathered = False

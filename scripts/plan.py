@@ -113,7 +113,7 @@ def budget_of(args: Args, word: str, nodes: int) -> Budget:
         args.arch, args.tokenizer = f"qwen2.5-{args.size}", args.tokenizer or "qwen2.5"
     if args.vocab_size < 0:
         args.vocab_size = vocabulary(args.tokenizer)[0]
-    cluster = Cluster(find_gpu(args.gpu), args.gpus, nodes, args.network * 1e9 / 8)
+    cluster = Cluster(find_gpu(args.gpu), args.gpus, nodes, args.network * 1e9 / 8, args.shard_size)
     depth = 20 if args.depth is None else args.depth
     run = plan_run(args, args.arch or "gpt", depth, args.vocab_size, args.max_seq_len, cluster.gpus)
     return make_budget(

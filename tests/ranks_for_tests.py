@@ -8,12 +8,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-SECONDS = 180  # until a rank that waits for another gives up
+SECONDS = int(
+    os.environ.get("RANKS_SECONDS", "180")
+)  # until a rank that waits for another gives up
 
 
 def as_ranks(
@@ -21,17 +24,21 @@ def as_ranks(
 ) -> dict[int, list[Any]]:
     """What function(rank, world size, folder) gives on every rank, by world size. One set of
     processes, this one among them as rank 0, takes part in all of them, largest first."""
+    stores = Path(mkdtemp(dir=folder))
     # The server imports torch once, and its children begin with it
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", function.__module__])
     others = [
-        context.Process(target=_take_part, args=(function, rank, world_sizes, folder))
+        context.Process(target=_take_part, args=(function, rank, world_sizes, folder, stores))
         for rank in range(1, max(world_sizes))
     ]
     try:
         for process in others:
             process.start()
-        _take_part(function, 0, world_sizes, folder)
+        try:
+            _take_part(function, 0, world_sizes, folder, stores)
+        except Exception as e:
+            raise AssertionError(_said(folder)) from e
         for process in others:
             process.join(SECONDS)
             assert process.exitcode == 0, _said(folder)
@@ -46,7 +53,9 @@ def as_ranks(
     }
 
 
-def _take_part(function: Any, rank: int, world_sizes: tuple[int, ...], folder: Path) -> None:
+def _take_part(
+    function: Any, rank: int, world_sizes: tuple[int, ...], folder: Path, stores: Path
+) -> None:
     torch.set_num_threads(1)
     try:
         for size in sorted(world_sizes, reverse=True):
@@ -57,7 +66,7 @@ def _take_part(function: Any, rank: int, world_sizes: tuple[int, ...], folder: P
                 LOCAL_WORLD_SIZE=str(size),
             )  # fmt: skip
             dist.init_process_group(
-                "gloo", init_method=f"file://{folder}/store{size}", rank=rank,
+                "gloo", init_method=f"file://{stores}/{size}", rank=rank,
                 world_size=size, timeout=timedelta(seconds=SECONDS),
             )  # fmt: skip
             result = function(rank, size, folder)

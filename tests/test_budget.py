@@ -68,15 +68,17 @@ def test_memory_is_what_base_train_settles_for(
     own_base_dir: Path,
 ) -> None:  # fmt: skip
     """The table, the micro-batch and the mode, as on a rank of 8 H100."""
-    b = planned(*words, "--shard=zero")
-    memory = b.memory["zero"]
+    b = planned(*words)
+    memory = b.chosen_memory
     assert memory is not None
     limit = int(80e9) - CUDA_RESERVE
     monkeypatch.setattr(plan, "usable_memory", lambda info: limit)
     info = DistInfo(0, 0, 8, torch.device("cpu"))
     args = flags.parse(Args, words)
     rows = b.run.tokens_per_step // 2048
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     chosen = settle(args, b.run.config, info, rows, 2048, Setup("cuda", True, True, 8))
+    assert args.shard == b.shard
     assert chosen == (memory.batch, memory.mode)
     assert memory.table() in capsys.readouterr().out
     assert memory.total <= limit
