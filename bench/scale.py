@@ -16,6 +16,7 @@ the time of several predicted. More ranks than cores share them.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,6 +67,7 @@ class Published:
     def cluster(self) -> Cluster:
         return Cluster(find_gpu(self.gpu), self.per_node, self.nodes, self.network)
 
+    @functools.cache  # noqa: B019 (a few dozen, which live as long as the program)
     def work(self) -> Work:
         tokens = self.rows * self.micro_batches * self.config.sequence_len * self.cluster.gpus
         work = Work.of(self.config, tokens, self.micro_batches)
@@ -202,7 +204,9 @@ def beside(
     """What was measured, and what was to be expected."""
     tokens, config = ranks * ROWS * LENGTH, model_config()
     work = Work.of(config, tokens, 1)
-    planner = Planner(config, Setup("cpu", False, False, ranks, shard=shard), ROWS)
+    planner = Planner(
+        config, Setup("cpu", False, False, ranks, shard=shard, shard_size=ranks), ROWS
+    )
     planned = planner.memory(ROWS).optimizer_step
     result = {
         "ranks": ranks, "shard": shard, **found,

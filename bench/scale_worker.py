@@ -110,9 +110,9 @@ def work(args: Args) -> None:
             "seconds": round(statistics.median(seconds[WARM:]), 4),
             "loopback_bytes": after and before and round((after - before) / STEPS),
             "bytes_per_second": bandwidth(info),
-            "weights": sum(local(p.detach()).nbytes for p in step.model.parameters())
+            "weights_held": sum(local(p.detach()).nbytes for p in step.model.parameters())
             + sum(b.nbytes for b in step.model.buffers()),
-            "optimizer": max_of(sum(t.nbytes for t in held)),
+            "optimizer_held": max_of(sum(t.nbytes for t in held)),
         }
         if info.rank == 0:
             print(json.dumps(found), flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanochat.cluster import Cluster
 from nanochat.common import get_base_dir, read_json
@@ -142,8 +142,8 @@ def setups(args: HorizonFlags, cluster: Cluster, compare: bool) -> list[Setup]:
     half, compiled = args.dtype != "float32", args.compile != "off"
     setup = Setup("cuda", half, compiled, cluster.gpus)
     found = candidates(args, setup, cluster.per_node)
-    others = ("none", "fsdp", "hsdp") if compare and cluster.gpus > 1 else ()
-    for shard in others if args.shard == "auto" else ():
+    others: list[Literal["none", "fsdp", "hsdp"]] = ["none", "fsdp", "hsdp"]
+    for shard in others if compare and args.shard == "auto" and cluster.gpus > 1 else ():
         if shard != "hsdp" or cluster.nodes > 1:
             found += candidates(replace(args, shard=shard), setup, cluster.per_node)
     return list({each.shard: each for each in found}.values())

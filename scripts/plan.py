@@ -40,6 +40,7 @@ from nanochat.common import UserError
 from nanochat.plan import gb
 
 SIZES = ("--depth=12", "--depth=20", "--depth=26", "--size=0.5b", "--size=1.5b", "--size=7b")
+ORDER = ("none", "zero", "fsdp", "hsdp")  # the less a GPU holds, the later
 SCALED = ("--depth=20", "--size=1.5b", "--size=7b")
 
 
@@ -158,7 +159,7 @@ def memory_table(b: Budget) -> Table:
     limit = gb(memory_limit(b.cluster))
     heads = ("micro-batch", "recompute", "weights", "gradients", "optimizer", "the rest", "GB")
     made = table(f"memory of one GPU, of {limit} GB", "--shard", *heads)
-    for shard, memory in b.memory.items():
+    for shard, memory in sorted(b.memory.items(), key=lambda item: ORDER.index(item[0])):
         if memory is None:
             made.add_row(shard, "nothing fits", *[""] * 6)
             continue

@@ -18,6 +18,7 @@ from nanochat.common import UserError, write_json
 from nanochat.distributed import DistInfo
 from nanochat.flags import HorizonFlags
 from nanochat.plan import CUDA_RESERVE, Setup, settle
+from scripts import plan as script
 from scripts.plan import Args, budget_of, main
 from tests.tiny_world import BASE_FLAGS, make_world, run_stage
 
@@ -60,8 +61,8 @@ def test_a_run_prints_and_logs_what_was_planned(
 
 
 @pytest.mark.parametrize("words", [
-    ["--depth=20"], ["--size=0.5b", "--activation_checkpointing=block"],
-    ["--depth=8", "--device_batch_size=4", "--arch=turbo"],
+    ["--depth=6"], ["--depth=4", "--arch=qwen2.5", "--activation_checkpointing=block"],
+    ["--depth=4", "--device_batch_size=4", "--arch=turbo"],
 ])  # fmt: skip
 def test_memory_is_what_base_train_settles_for(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
@@ -82,6 +83,15 @@ def test_memory_is_what_base_train_settles_for(
     assert chosen == (memory.batch, memory.mode)
     assert memory.table() in capsys.readouterr().out
     assert memory.total <= limit
+
+
+def test_7b_trains_on_8_gpus_of_80_gb_and_says_in_which_mode(own_base_dir: Path) -> None:
+    args = ("--size=7b", "--device_batch_size=1", "--activation_checkpointing=block")
+    b = planned(*args)
+    assert list(b.memory) == ["zero", "fsdp", "none"]  # as auto tries them, then the rest
+    assert b.memory["zero"] is b.memory["none"] is None and b.shard == "fsdp"
+    assert b.chosen_memory is not None and b.chosen_memory.total < 80e9
+    assert b.step is not None and b.sent > 3 * 4 * b.run.num_params
 
 
 # ---- data
@@ -161,7 +171,29 @@ def test_a_plain_plan_has_everything_on_whole_lines(
         assert word in said, word
 
 
-def test_a_tokenizer_that_is_there_counts(own_base_dir: Path) -> None:
+def test_a_step_at_scale(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own_base_dir: Path
+) -> None:
+    """A row for each size and number of GPUs; more GPUs take less time, in larger part to send."""
+    monkeypatch.setattr(script, "SCALED", ("--depth=2", "--depth=3"))
+    main(flags.parse(Args, ["--scale", "--device_batch_size=1", "--json"]))
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["gpus"]) for row in rows] == [
+        (name, gpus) for name in ("d2", "d3") for gpus in (8, 64, 512)
+    ]
+    for few, more in zip(rows, rows[1:]):
+        if few["name"] == more["name"]:
+            assert more["step_seconds"]["passes"] < few["step_seconds"]["passes"]
+            assert more["mfu"] < few["mfu"] < few["share_of_peak"]["value"]
+    main(flags.parse(Args, ["--scale", "--device_batch_size=1"]))
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.split()[:1] in (["d2"], ["d3"]) for line in said) == 6
+
+
+def test_a_tokenizer_that_is_there_counts(
+    own_base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "memory_of", lambda *args: None)  # seconds
     assert budget.vocabulary(None)[0] == 65_536
     make_world(own_base_dir)
     assert planned("--depth=2").run.config.vocab_size == 500
