@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint
 from nanochat.checkpoint import load_weights, optim_reader, save_checkpoint
 from nanochat.common import UserError
 from nanochat.dataloader import MicroBatch
-from nanochat.distributed import DistInfo, local
+from nanochat.distributed import DistInfo, local, local_rows
 from nanochat.flags import TrainFlags
 from nanochat.lora import add_lora, lora_optimizer
 from nanochat.models import build_model
@@ -48,7 +47,7 @@ def place(arch: str, args: TrainFlags, info: DistInfo, recompute: Any = "none") 
     model = build_for(args, plain.config, info, recompute)
     with torch.no_grad():
         for p, q in zip(model.parameters(), plain.parameters()):
-            low, high = checkpoint.local_rows(p)
+            low, high = local_rows(p)
             local(p.detach()).copy_(q[low:high])
     return model
 
@@ -78,8 +77,7 @@ def learn(
     return curve, step
 
 
-def save(folder: Path, tag: str, model: Any, optimizer: MuonAdamW) -> Path:
-    checkpoint.get_base_dir = lambda: folder  # the processes have no fixtures
+def save(tag: str, model: Any, optimizer: MuonAdamW) -> Path:
     return save_checkpoint("base", tag, SAVED_AT, model, optimizer.state_dict(), {})
 
 
@@ -92,7 +90,7 @@ def curves(rank: int, size: int, folder: Path) -> dict[str, Any]:
             model = place(arch, args, info, "block" if size == 2 else "none")
             optimizer = make_optimizer(model, *RATES, shard=mode)
             first, _ = learn(model, optimizer, args, info, range(SAVED_AT))
-            save(folder, f"{arch}-{mode}-{size}", model, optimizer)
+            save(f"{arch}-{mode}-{size}", model, optimizer)
             last, _ = learn(model, optimizer, args, info, range(SAVED_AT, STEPS))
             result[arch, mode] = first + last
     result["beside"] = [
@@ -132,7 +130,7 @@ def same_values(info: DistInfo) -> bool:
             model = build_for(flags(mode, info.world_size), TINY[arch], info, "none", seed=3)
             plain = build_model(TINY[arch], seed=3)
             for name, p in model.named_parameters():
-                low, high = checkpoint.local_rows(p)
+                low, high = local_rows(p)
                 assert torch.equal(local(p.detach()), plain.get_parameter(name)[low:high]), name
             for (_, a), (_, b) in zip(model.named_buffers(), plain.named_buffers()):
                 assert torch.equal(a, b)
@@ -247,11 +245,7 @@ def alone() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    get_base_dir = checkpoint.get_base_dir
-    try:
-        return as_ranks(curves, WORLDS, folder)
-    finally:
-        checkpoint.get_base_dir = get_base_dir
+    return as_ranks(curves, WORLDS, folder)
 
 
 @pytest.fixture(scope="module")
