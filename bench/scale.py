@@ -22,12 +22,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench import surroundings
 from bench.scale_worker import LENGTH, ROWS, SHARDS, measure, model_config
 from nanochat import flags
 from nanochat.budget import share_of_peak
 from nanochat.cluster import LINK_SHARE, Cluster, Gpu, find_gpu
 from nanochat.common import write_json
-from nanochat.machine import machine_info, versions
+from nanochat.machine import machine_info
 from nanochat.models import Config, GPTConfig, QwenConfig, TurboConfig
 from nanochat.plan import Planner, Setup
 from nanochat.traffic import Together, Work, step_time, transfers
@@ -237,8 +238,7 @@ def main(args: Args) -> None:
     measured = compare_measured(numbers)
     if args.out:
         result = {
-            "machine": machine_info(),
-            "versions": versions(),
+            **surroundings(),
             "asked": asdict(args),
             "published": published,
             "measured": measured,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_a_step_at_scale(
     assert [(row["name"], row["gpus"]) for row in rows] == [
         (name, gpus) for name in ("d2", "d3") for gpus in (8, 64, 512)
     ]
-    for few, more in zip(rows, rows[1:]):
+    for few, more in itertools.pairwise(rows):
         if few["name"] == more["name"]:
             assert more["step_seconds"]["passes"] < few["step_seconds"]["passes"]
             assert more["mfu"] < few["mfu"] < few["share_of_peak"]["value"]
