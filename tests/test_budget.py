@@ -175,20 +175,17 @@ def test_a_plain_plan_has_everything_on_whole_lines(
 def test_a_step_at_scale(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own_base_dir: Path
 ) -> None:
-    """A row for each size and number of GPUs; more GPUs take less time, in larger part to send."""
-    monkeypatch.setattr(script, "SCALED", ("--depth=2", "--depth=3"))
+    """A row for each number of GPUs; more GPUs take less time, in larger part to send."""
+    monkeypatch.setattr(script, "SCALED", ("--depth=2",))
     main(flags.parse(Args, ["--scale", "--device_batch_size=1", "--json"]))
     rows = json.loads(capsys.readouterr().out)
-    assert [(row["name"], row["gpus"]) for row in rows] == [
-        (name, gpus) for name in ("d2", "d3") for gpus in (8, 64, 512)
-    ]
+    assert [(row["name"], row["gpus"]) for row in rows] == [("d2", gpus) for gpus in (8, 64, 512)]
     for few, more in itertools.pairwise(rows):
-        if few["name"] == more["name"]:
-            assert more["step_seconds"]["passes"] < few["step_seconds"]["passes"]
-            assert more["mfu"] < few["mfu"] < few["share_of_peak"]["value"]
+        assert more["step_seconds"]["passes"] < few["step_seconds"]["passes"]
+        assert more["mfu"] < few["mfu"] < few["share_of_peak"]["value"]
     main(flags.parse(Args, ["--scale", "--device_batch_size=1"]))
     said = capsys.readouterr().out.splitlines()
-    assert sum(line.split()[:1] in (["d2"], ["d3"]) for line in said) == 6
+    assert sum(line.split()[:1] == ["d2"] for line in said) == 3
 
 
 def test_a_tokenizer_that_is_there_counts(
