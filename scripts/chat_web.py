@@ -3,27 +3,34 @@ A chat server: a page to talk to the model on, and an OpenAI-compatible API.
 
     python -m scripts.chat_web                      # then open http://127.0.0.1:8000
     python -m scripts.chat_web -i rl -g d20 --port=9000
-    python -m scripts.chat_web --host=0.0.0.0       # reachable by others: there is no password
+    python -m scripts.chat_web --host=0.0.0.0 --api_key_file=key.txt    # for others too
 
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "What is 27 + 15?"}], "stream": true}'
 
-Routes and shapes: nanochat/serve/api.py. Ctrl-C stops it.
+    from openai import OpenAI
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+
+Routes and shapes: nanochat/serve/api.py, and /openapi.json of the running server. Requests share a
+batch; each GPU that is visible (CUDA_VISIBLE_DEVICES) gets a copy of the model. Ctrl-C stops it.
 """
 
 from __future__ import annotations
 
-import errno
-import socket
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
 
 from nanochat import distributed, flags
 from nanochat.checkpoint import load_model
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, print0, warn0
 from nanochat.engine import Engine
 from nanochat.serve.api import create_app
+from nanochat.serve.guard import LOOPBACK_NAMES, Access
 from nanochat.serve.protocol import Limits
+from nanochat.serve.run import listen, make_server
 
 
 @dataclass
@@ -46,48 +53,103 @@ class Args(flags.DeviceFlags):
     """Sample among the k likeliest tokens, where a request says nothing; 0: among all."""
     max_new_tokens: Annotated[int, flags.alias("-m")] = 512
     """Longest reply in tokens, where a request says nothing."""
+    max_reply_tokens: int = 0
+    """Longest reply that a request may ask for; 0: as long as the context."""
+    max_context: int = 0
+    """Tokens of conversation and reply together; 0: what the model was trained for."""
+    max_concurrent: int = 16
+    """Replies made at the same time, on each worker. More wait."""
+    max_waiting: int = 64
+    """Replies that may wait; requests beyond get 429 and Retry-After."""
+    max_body: int = 1 << 20
+    """Bytes of one request; larger ones get 413."""
+    read_timeout: float = 10.0
+    """Seconds in which a request must have arrived."""
+    request_timeout: float = 600.0
+    """Seconds in which a request must be answered, waiting included."""
+    shutdown_timeout: float = 30.0
+    """Seconds that replies under way get after Ctrl-C."""
+    workers: int = 0
+    """Copies of the model, each with a thread; 0: one on each GPU, one on a CPU."""
+    tools: Literal["calculator", "python", "none"] = "calculator"
+    """What the model's tool calls may do. python: programs, in a sandbox."""
+    api_key: str = ""
+    """Key that requests must carry. Others on this machine can see it: --api_key_file hides it."""
+    api_key_file: str = ""
+    """File with that key."""
+    cors_origins: list[str] = field(default_factory=list)
+    """Web pages elsewhere that may use the API, as https://example.org."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Names that the server answers to. Default: on a loopback address its names, else any."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """The listening socket. Opened before the model is loaded: a taken port is known at once."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    except OverflowError as e:
-        raise UserError(f"--port={port}: a port is a number from 0 to 65535") from e
-    except OSError as e:
-        if e.errno == errno.EADDRINUSE:
-            message = f"--port={port} is taken by another program; use --port={port + 1}"
-        elif e.errno == errno.EACCES:
-            message = f"--port={port} is reserved for the system; use one from 1024 up"
-        else:
-            message = f"--host={host}: {e}; use --host=127.0.0.1 for this machine alone"
-        raise UserError(message) from e
+def access_of(args: Args) -> Access:
+    """Who may ask: the key, the names of this server, pages elsewhere."""
+    key = args.api_key
+    if args.api_key_file:
+        if key:
+            raise UserError("--api_key and --api_key_file: give one of them")
+        try:
+            key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--api_key_file={args.api_key_file}: {e}") from e
+        if not key:
+            raise UserError(f"--api_key_file={args.api_key_file} is empty; write the key into it")
+    if not key.isascii():
+        raise UserError("the API key must be ASCII: it travels in a header")
+    is_loopback = args.host in LOOPBACK_NAMES or args.host.startswith("127.")
+    if not is_loopback and not key:
+        warn0(
+            f"--host={args.host}: whoever reaches this machine may use the model; "
+            "--api_key_file=FILE asks for a key"
+        )
+    hosts = [*args.allowed_hosts, *((*LOOPBACK_NAMES, args.host) if is_loopback else ())]
+    origins = [origin.rstrip("/").lower() for origin in args.cors_origins]
+    return Access(key or None, [h.lower() for h in hosts] or None, origins)
+
+
+def devices_of(args: Args, first: torch.device) -> list[torch.device]:
+    """Where the workers compute."""
+    if first.type != "cuda":
+        return [first] * max(1, args.workers)
+    there = torch.cuda.device_count()
+    if args.workers > there:
+        raise UserError(f"--workers={args.workers}: this machine shows {there} GPUs")
+    return [torch.device("cuda", i) for i in range(args.workers or there)]
 
 
 def main(args: Args) -> None:
     """Loads the model and serves it until interrupted."""
-    import uvicorn
-
+    access = access_of(args)
     with listen(args.host, args.port) as listener, distributed.session(args.device_type) as info:
-        model, tokenizer, meta = load_model(
-            args.source, info.device, model_tag=args.model_tag, step=args.step
-        )
+        engines = []
+        for device in devices_of(args, info.device):
+            model, tokenizer, meta = load_model(
+                args.source, device, model_tag=args.model_tag, step=args.step
+            )
+            engines.append(Engine(model, tokenizer))
+        context = model.config.sequence_len
+        if args.max_context > context:
+            raise UserError(f"--max_context={args.max_context}: the model's is {context} tokens")
         limits = Limits(
-            context=model.config.sequence_len,
+            context=args.max_context or context,
             max_tokens=args.max_new_tokens,
+            max_reply_tokens=args.max_reply_tokens or None,
             temperature=args.temperature,
             top_k=args.top_k,
+            max_concurrent=args.max_concurrent,
+            max_waiting=args.max_waiting,
+            max_body=args.max_body,
+            read_timeout=args.read_timeout,
+            request_timeout=args.request_timeout,
         )
         # What clients know the model by: sft-d20.
         name = f"{args.source}-{meta['tag']}"
-        app = create_app(Engine(model, tokenizer), tokenizer, name, limits)
+        app = create_app(engines, tokenizer, name, limits, access)
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print0(f"serving {name} at http://{host}:{port} (Ctrl-C stops)")
-        # A stream that is open at Ctrl-C gets 3 seconds to end, then it is cut.
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(app, args.shutdown_timeout).run(sockets=[listener])
 
 
 if __name__ == "__main__":
