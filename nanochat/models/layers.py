@@ -24,7 +24,8 @@ class KVCacheLike(Protocol):
     def positions(self, T: int) -> Tensor: ...  # (B, T): where the T new tokens of each row stand
     def end(self, T: int) -> int: ...  # one more than the largest of them, known without a sync
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-    # (B, 1, T, S): True = visible to a token that sees `window` positions; None = plain causal
+    # (B, 1, T, S): True = visible to a token that sees `window` positions; None = plain causal,
+    # and where T is 1 all that is held
     def mask(self, T: int, window: int | None = None) -> Tensor | None: ...
     def previous(self, idx: Tensor) -> Tensor: ...  # (B, T) ids -> ids of the tokens before them
     def advance(self, T: int) -> None: ...
@@ -108,7 +109,7 @@ def attention(
     if cache is not None:
         mask = cache.mask(T, window)
         held = cache.insert(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, E) each
-        if mask is not None:
+        if mask is not None or T == 1:  # a single token without a mask sees all that is held
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), *held, attn_mask=mask, enable_gqa=k.size(2) != H
             )
