@@ -127,7 +127,7 @@ def main(args: Args) -> None:
             model, tokenizer, meta = load_model(
                 args.source, device, model_tag=args.model_tag, step=args.step
             )
-            engines.append(Engine(model, tokenizer))
+            engines.append(Engine(model, tokenizer, tools=args.tools))
         context = model.config.sequence_len
         if args.max_context > context:
             raise UserError(f"--max_context={args.max_context}: the model's is {context} tokens")

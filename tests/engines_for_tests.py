@@ -117,8 +117,8 @@ class ScriptedScheduler:
         self._open = [item for item in self._open if not item[0].reason]
         return tokens
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Request, reason: str = "cancelled") -> None:
         if not request.reason:
-            request.reason = "cancelled"
+            request.reason = reason
             self._open = [item for item in self._open if item[0] is not request]
             self.engine.closed.set()

@@ -86,7 +86,7 @@ class Served:
 def serving(
     engines: Sequence[Any],
     tokenizer: Any,
-    access: Access = Access(),
+    access: Access | None = None,
     make_scheduler: Callable[..., Any] = Scheduler,
     grace: float = 0.5,
     patience: float = 60,

@@ -69,6 +69,10 @@ class Answer:
             "finish_reason": reason,
         }
 
+    def opening(self) -> list[dict[str, Any]]:
+        """Choices of the chunks that a stream begins with."""
+        raise NotImplementedError
+
     def content(self, choice: Choice) -> dict[str, Any]:
         """What a whole choice says."""
         raise NotImplementedError
@@ -92,7 +96,6 @@ class ChatAnswer(Answer):
         self.tools_as_text = tools_as_text
 
     def opening(self) -> list[dict[str, Any]]:
-        """What a stream begins with, one for each reply."""
         delta = {"role": "assistant", "content": ""}
         return [
             {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -17,7 +17,6 @@ What a request may say, extensions included: protocol.py. Who may ask: guard.py.
 # whose names are imported where they are used.
 
 import asyncio
-import contextlib
 import json
 import logging
 import time
@@ -82,7 +81,7 @@ def create_app(
     tokenizer: Any,
     model_name: str,
     limits: Limits,
-    access: Access = Access(),
+    access: Access | None = None,
     make_scheduler: Callable[..., Any] = Scheduler,
 ) -> "FastAPI":
     """The ASGI application that answers with `engines`, each of which has a thread of its own.
@@ -93,7 +92,10 @@ def create_app(
     from fastapi import FastAPI
     from fastapi.middleware.cors import CORSMiddleware
 
-    makers = [partial(make_scheduler, engine, max_batch=limits.max_concurrent) for engine in engines]
+    access = access or Access()
+    makers = [
+        partial(make_scheduler, engine, max_batch=limits.max_concurrent) for engine in engines
+    ]
     pool = Pool(makers, tokenizer, limits.max_concurrent * len(engines) + limits.max_waiting)
 
     @asynccontextmanager
@@ -114,7 +116,7 @@ def create_app(
     server = _ChatServer(pool, tokenizer, model_name, limits, access.api_key is not None)
     _add_routes(app, server)
     _add_error_handlers(app)
-    app.add_middleware(Guard, access=access, limits=limits, metrics=server.metrics)  # type: ignore[arg-type]
+    app.add_middleware(Guard, access=access, limits=limits, metrics=server.metrics)
     if access.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -155,7 +157,7 @@ def _add_routes(app: "FastAPI", server: "_ChatServer") -> None:
 
     @app.get("/v1/models/{name}", summary="The same, by name", responses=refused)
     async def model(name: str) -> JSONResponse:
-        if name != server.model_card["id"]:
+        if name != server.model_name:
             raise ApiError("no such model", "model", "model_not_found", 404)
         return JSONResponse(server.model_card)
 
@@ -168,9 +170,7 @@ def _add_routes(app: "FastAPI", server: "_ChatServer") -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await server.chat(body, request)
 
-    @app.post(
-        "/v1/completions", summary="Continue a text", responses=refused, response_model=None
-    )
+    @app.post("/v1/completions", summary="Continue a text", responses=refused, response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await server.complete(body, request)
 
@@ -217,6 +217,7 @@ class _ChatServer:
         self.pool, self.tokenizer, self.limits = pool, tokenizer, limits
         self.needs_key = needs_key
         self.metrics = Metrics(lambda: pool.num_running, lambda: pool.num_waiting)
+        self.model_name = model_name
         self.model_card = {
             "id": model_name,
             "object": "model",
@@ -235,7 +236,7 @@ class _ChatServer:
         }
         return {
             "status": "ok",
-            "model": self.model_card["id"],
+            "model": self.model_name,
             "context": self.limits.context,
             "max_reply_tokens": self.limits.longest,
             "defaults": defaults,
@@ -246,23 +247,23 @@ class _ChatServer:
         }
 
     async def chat(self, body: ChatRequest, request: "Request") -> "Response":
-        body.check(self.model_card["id"], self.limits)
+        body.check(self.model_name, self.limits)
         conversation = body.conversation()
         # In a thread: a long conversation takes a moment to tokenize, and others are being served.
         prompt, dropped = await asyncio.to_thread(self._render, body, conversation)
         job = self.pool.submit([prompt], body.sampling(self.limits, self._room(prompt)), body.n)
         extra = {"dropped_messages": dropped} if body.truncation == "auto" else {}
         as_text = body.tool_format == "text"
-        answer = ChatAnswer(self.model_card["id"], job, extra, tools_as_text=as_text)
+        answer = ChatAnswer(self.model_name, job, extra, tools_as_text=as_text)
         return await self._answer(answer, body, request)
 
     async def complete(self, body: CompletionRequest, request: "Request") -> "Response":
         given = body.prompts()
-        body.check(self.model_card["id"], self.limits, len(given))
+        body.check(self.model_name, self.limits, len(given))
         prompts = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in given])
         room = min(map(self._room, prompts))
         job = self.pool.submit(prompts, body.sampling(self.limits, room), body.n)
-        return await self._answer(TextAnswer(self.model_card["id"], job), body, request)
+        return await self._answer(TextAnswer(self.model_name, job), body, request)
 
     # ---- prompts
 
@@ -283,9 +284,7 @@ class _ChatServer:
             "context_length_exceeded",
         )
 
-    def _render(
-        self, body: ChatRequest, conversation: dict[str, Any]
-    ) -> tuple[list[int], int]:
+    def _render(self, body: ChatRequest, conversation: dict[str, Any]) -> tuple[list[int], int]:
         """The prompt's token ids, if they leave room for a reply, and the messages left out."""
         context = self.limits.context
         if body.truncation == "auto":
@@ -293,9 +292,7 @@ class _ChatServer:
             # A quarter at least is for the conversation's end, however long a reply is asked for
             room = max(1, min(wanted, context * 3 // 4))
             try:
-                return fit_conversation(
-                    self.tokenizer, conversation["messages"], context, room
-                )
+                return fit_conversation(self.tokenizer, conversation["messages"], context, room)
             except UserError as e:
                 raise ApiError(str(e), "messages", "context_length_exceeded") from e
         contents = [message["content"] for message in conversation["messages"]]
@@ -315,13 +312,15 @@ class _ChatServer:
             least = self._least([prompt])
             if least >= self.limits.context:
                 raise self._exceeded(f"more than {least}", "prompt")
-            prompt = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id())
+            ids = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id())
+        else:
+            ids = prompt
         size = self.tokenizer.get_vocab_size()
-        if not prompt or max(prompt) >= size:
+        if not ids or max(ids) >= size:
             raise ApiError(f"prompt must be token ids below {size}, one at least", "prompt")
-        if len(prompt) >= self.limits.context:
-            raise self._exceeded(str(len(prompt)), "prompt")
-        return prompt
+        if len(ids) >= self.limits.context:
+            raise self._exceeded(str(len(ids)), "prompt")
+        return ids
 
     # ---- answers
 

@@ -74,12 +74,13 @@ class Guard:
             # Clients repeat a request by themselves after 408: that would only add to the load
             headers = {"x-should-retry": "false"}
             await exchange.refuse(ApiError(message, None, "timeout", 408, headers))
-        except BaseException:
-            exchange.status = exchange.status or 500
+        except Exception:
+            exchange.outcome = 500
             raise
         finally:
             route = scope["path"] if scope["path"] in ROUTES else "other"
-            status = 499 if scope["state"].get("client_gone") else exchange.status or 499
+            gone = scope["state"].get("client_gone") or exchange.status == 0
+            status = exchange.outcome or (499 if gone else exchange.status)
             self.metrics.requests.labels(route, status).inc()
             self.metrics.seconds.labels(route).observe(time.monotonic() - exchange.began)
 
@@ -149,7 +150,8 @@ class _Exchange:
 
     def __init__(self, scope: MutableMapping[str, Any], send: Send) -> None:
         self.began = scope["state"]["began"] = time.monotonic()
-        self.status = 0  # not begun
+        self.status = 0  # as sent; 0: nothing yet
+        self.outcome = 0  # the status of an error, which a stream may come to after its 200
         self._send = send
         self._streams = False
 
@@ -161,6 +163,7 @@ class _Exchange:
 
     async def refuse(self, e: ApiError) -> None:
         """Answers with an error; where an answer has begun, the error goes where its text went."""
+        self.outcome = e.status
         if self.status == 0:
             headers = {"Content-Type": "application/json", **e.headers}
             pairs = [(k.lower().encode(), v.encode()) for k, v in headers.items()]

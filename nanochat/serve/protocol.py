@@ -57,14 +57,12 @@ def _whole(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise ValueError(f"not valid Unicode: {ascii(text[e.start])}") from e
+        raise ValueError(f"not valid Unicode: {text[e.start]!a}") from e
     return text
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-StopString = Annotated[
-    str, StringConstraints(min_length=1, max_length=256), AfterValidator(_whole)
-]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -326,7 +324,7 @@ class CompletionRequest(GenerationRequest):
     """A text to be continued."""
 
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
-    """A text or several; or token ids, taken as they are. A text's special tokens are plain text."""
+    """A text or several, whose special tokens are plain text; or token ids, taken as they are."""
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @property
@@ -340,8 +338,8 @@ class CompletionRequest(GenerationRequest):
         if not self.prompt:
             raise ApiError("prompt is empty", "prompt")
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 def show(value: Any) -> str:
@@ -372,7 +370,9 @@ def refusal(errors: Sequence[Any]) -> ApiError:
         if isinstance(error.get("input"), (bytes, str)):
             return ApiError("the body must be JSON, sent as Content-Type: application/json")
         return ApiError(f"the body must be a JSON object: {error['msg']}")
-    found = "" if error["type"] in ("missing", "value_error") else f", not {show(error.get('input'))}"
+    found = (
+        "" if error["type"] in ("missing", "value_error") else f", not {show(error.get('input'))}"
+    )
     return ApiError(f"{path}: {error['msg']}{found}", path)
 
 

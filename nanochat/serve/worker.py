@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanochat.common import UserError
+from nanochat.reply import EventKind, ReplyStream
 from nanochat.sampling import Sampling
 from nanochat.serve.protocol import ApiError
-from nanochat.reply import EventKind, ReplyStream
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,6 @@ class Worker:
                     self._send()
                 for token in self._scheduler.step():
                     self._take(token)
-                self._notice_failed()
             except Exception as e:
                 self._fail_all(e)
             except BaseException as e:  # a Rust panic is no Exception, but is to be answered too
@@ -221,17 +220,10 @@ class Worker:
         self._outbox += [(job, piece) for piece in choice.take(token)]
         if choice.reply.reason:
             if not token.last:  # a stop string: the scheduler does not know
-                self._scheduler.cancel(choice.request)
+                self._scheduler.cancel(choice.request, "stop")
             del self._choices[token.request.id]
             self._jobs[job].discard(choice)
             if not self._jobs[job]:
-                self._close(job)
-
-    def _notice_failed(self) -> None:
-        """One reply may fail alone, by its tool: it ends without a token."""
-        for job, choice in list(self._choices.values()):
-            if choice.request.reason == "error":
-                self._outbox.append((job, choice.request.error or RuntimeError("a tool failed")))
                 self._close(job)
 
     def _close(self, job: Job) -> None:

@@ -298,16 +298,16 @@ def test_requests_go_to_the_least_loaded_worker() -> None:
         waiting = []
         for i in range(6):
             waiting.append(threads.submit(served.chat))
-            wait_until(lambda n=i: sum(len(engine.calls) for engine in engines) == n + 1)
-        assert [len(engine.calls) for engine in engines] == [2, 2, 2]
+            wait_until(lambda n=i: served.health()["waiting"] + served.health()["running"] == n + 1)
         assert served.health()["workers"] == 3
         for engine in engines:
             engine.gate.set()
         assert all(future.result().is_success for future in waiting)
+    assert [len(engine.calls) for engine in engines] == [2, 2, 2]
 
 
 class BrokenScheduler(ScriptedScheduler):
-    """Fails at the second token, once for each request that is not about harmless things."""
+    """Fails at a request's second token."""
 
     def step(self) -> list[Any]:
         tokens = super().step()
