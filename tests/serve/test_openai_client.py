@@ -46,7 +46,7 @@ def text_of(stream: Any) -> tuple[str, str, list[Any]]:
     chunks = list(stream)
     choices = [c.choices[0] for c in chunks if c.choices]
     text = "".join(c.delta.content or "" for c in choices)
-    return text, [c.finish_reason for c in choices if c.finish_reason][0], chunks
+    return text, next(c.finish_reason for c in choices if c.finish_reason), chunks
 
 
 def test_models(client: openai.OpenAI) -> None:
