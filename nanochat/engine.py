@@ -54,6 +54,11 @@ class Engine:
         self.has_tools = self.has_tools and self.tool is not None
         self._threads: ThreadPoolExecutor | None = None
 
+    @property
+    def device(self) -> Any:
+        """The torch.device on which the model computes."""
+        return self.model.get_device()
+
     # ---- what a scheduler asks for
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from nanochat.sampling import Sampling
@@ -30,6 +31,8 @@ def script_of(tokenizer: Tokenizer, content: str | list[dict[str, str]]) -> list
 
 class ScriptedEngine:
     """Replies with the scripts in turn (the last one for ever), and remembers how it was asked."""
+
+    device = None
 
     def __init__(
         self, *scripts: list[tuple[int, int]], endless: bool = False, delay: float = 0.0
@@ -90,7 +93,8 @@ class ScriptedScheduler:
 
     def add(self, prompt: list[int], sampling: Sampling, num_samples: int = 1) -> list[Request]:
         engine = self.engine
-        engine.calls.append({"tokens": prompt, "num_samples": num_samples, "sampling": sampling})
+        asked = {"tokens": list(prompt), "num_samples": num_samples, "sampling": sampling}
+        engine.calls.append({**asked, **asdict(sampling)})
         steps = engine.scripts.pop(0) if len(engine.scripts) > 1 else engine.scripts[0]
         requests = [Request(self._num + s, prompt, sampling) for s in range(num_samples)]
         self._num += num_samples

@@ -41,7 +41,7 @@ from nanochat.serve.protocol import (
     error_body,
     refusal,
 )
-from nanochat.serve.worker import Job, Pool
+from nanochat.serve.worker import Job, Pool, Worker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -93,10 +93,16 @@ def create_app(
     from fastapi.middleware.cors import CORSMiddleware
 
     access = access or Access()
-    makers = [
-        partial(make_scheduler, engine, max_batch=limits.max_concurrent) for engine in engines
+    workers = [
+        Worker(
+            partial(make_scheduler, engine, max_batch=limits.max_concurrent),
+            tokenizer,
+            f"generate-{i}",
+            engine.device,
+        )
+        for i, engine in enumerate(engines)
     ]
-    pool = Pool(makers, tokenizer, limits.max_concurrent * len(engines) + limits.max_waiting)
+    pool = Pool(workers, limits.max_concurrent * len(workers) + limits.max_waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -90,6 +90,23 @@ class Limits:
     request_timeout: float = 600.0
     """Seconds in which a request must have been answered, waiting included."""
 
+    def __post_init__(self) -> None:
+        """UserError, by the flags of scripts.chat_web, for limits that let nothing through."""
+        for flag, value, least in [
+            ("max_context", self.context, 1),
+            ("max_new_tokens", self.max_tokens, 1),
+            ("max_reply_tokens", self.longest, 1),
+            ("temperature", self.temperature, 0),
+            ("top_k", self.top_k, 0),
+            ("max_concurrent", self.max_concurrent, 1),
+            ("max_waiting", self.max_waiting, 0),
+            ("max_body", self.max_body, 1),
+            ("read_timeout", self.read_timeout, 0.001),
+            ("request_timeout", self.request_timeout, 0.001),
+        ]:
+            if not value >= least:
+                raise UserError(f"--{flag}={value:g} must be at least {least:g}")
+
     @property
     def longest(self) -> int:
         """Tokens of the longest reply that may be asked for."""

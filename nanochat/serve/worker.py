@@ -6,7 +6,7 @@ with the replies of all its requests in one batch. Requests reach the thread thr
 commands, what becomes visible comes back once a step. The thread knows the loop only through
 `call_soon_threadsafe`.
 
-    pool = Pool([make_scheduler], tokenizer, max_open=80)
+    pool = Pool([Worker(make_scheduler, tokenizer, "first")], max_open=80)
     job = pool.submit([prompt_ids], sampling, n=2)      # to the least loaded worker
     await job.accepted()                                # or the reason why not
     async for piece in job: ...                         # ends when all its replies have
@@ -19,8 +19,11 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from nanochat.common import UserError
 from nanochat.reply import EventKind, ReplyStream
@@ -139,11 +142,19 @@ Delivery = tuple[Job, "Piece | Exception | Literal['accepted', 'closed']"]
 class Worker:
     """One scheduler and the thread that drives it. The thread starts with the first request."""
 
-    def __init__(self, make_scheduler: Callable[[], Any], tokenizer: Any, name: str) -> None:
+    def __init__(
+        self,
+        make_scheduler: Callable[[], Any],
+        tokenizer: Any,
+        name: str,
+        device: torch.device | None = None,
+    ) -> None:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.num_open = 0  # replies asked for and not yet closed; of the event loop
         self._make_scheduler = make_scheduler
-        self._scheduler: Any = make_scheduler()  # None after a failure, until the next request
+        self._device = device
+        with self._on_device():
+            self._scheduler: Any = make_scheduler()  # None after a failure, until the next request
         self._tokenizer = tokenizer
         self._name = name
         self._thread: threading.Thread | None = None
@@ -175,26 +186,36 @@ class Worker:
             self.commands.put(("stop", None))
             self._thread.join()
 
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Each thread has a current GPU of its own; captured graphs and kernels go by it."""
+        is_gpu = self._device is not None and self._device.type == "cuda"
+        return torch.cuda.device(self._device) if is_gpu else nullcontext()
+
     # ---- in the thread
 
     def _run(self) -> None:
-        while True:
-            try:
-                # Idle: sleeps until something comes. Else takes what has come since the last step.
-                while not self._jobs or not self.commands.empty():
-                    what, job = self.commands.get()
-                    if what == "stop":
-                        self._fail_all(shutting_down())
-                        return
-                    (self._add if what == "add" else self._close)(job)
-                    self._send()
-                for token in self._scheduler.step():
-                    self._take(token)
-            except Exception as e:
-                self._fail_all(e)
-            except BaseException as e:  # a Rust panic is no Exception, but is to be answered too
-                self._fail_all(RuntimeError(repr(e)))
-            self._send()
+        with self._on_device():
+            while self._turn():
+                pass
+
+    def _turn(self) -> bool:
+        """What has come since the last step, then a step. False: the end."""
+        try:
+            while not self._jobs or not self.commands.empty():  # idle: sleeps until something comes
+                what, job = self.commands.get()
+                if what == "stop":
+                    self._fail_all(shutting_down())
+                    return False
+                (self._add if what == "add" else self._close)(job)
+                self._send()
+            for token in self._scheduler.step():
+                self._take(token)
+        except Exception as e:
+            self._fail_all(e)
+        except BaseException as e:  # a Rust panic is no Exception, but is to be answered too
+            self._fail_all(RuntimeError(repr(e)))
+        self._send()
+        return True
 
     def _add(self, job: Job) -> None:
         self._jobs[job] = set(job.choices)
@@ -270,12 +291,9 @@ class Worker:
 class Pool:
     """All workers. A request goes to the one with the fewest replies to make."""
 
-    def __init__(
-        self, schedulers: Sequence[Callable[[], Any]], tokenizer: Any, max_open: int
-    ) -> None:
-        self.workers = [
-            Worker(make, tokenizer, f"generate-{i}") for i, make in enumerate(schedulers)
-        ]
+    def __init__(self, workers: Sequence[Worker], max_open: int) -> None:
+        """`max_open`: replies that may be made and wait, all together."""
+        self.workers = workers
         self._max_open = max_open
         self._closed = False
 
