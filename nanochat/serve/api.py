@@ -23,9 +23,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanochat.serve.page import page_route
 from nanochat.serve.protocol import ApiError, ChatRequest, Limits, error_body, parse_chat_request
 from nanochat.serve.worker import Job, Worker
 
@@ -35,15 +35,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 logger = logging.getLogger(__name__)
-
-# The page needs its own inline script and style, and this server; a browser refuses it all else.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
-    "style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
-}
 
 
 def create_app(engine: Any, tokenizer: Any, model_name: str, limits: Limits) -> FastAPI:
@@ -85,7 +76,7 @@ def create_app(engine: Any, tokenizer: Any, model_name: str, limits: Limits) -> 
             Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
             Route("/v1/models", server.models, methods=["GET"]),
             Route("/health", server.health, methods=["GET"]),
-            Route("/", server.page, methods=["GET"]),
+            page_route(),
         ],
         exception_handlers={
             ApiError: refuse,
@@ -108,12 +99,6 @@ class _ChatServer:
         self.limits = limits
         self.worker = Worker(engine, tokenizer, limits.max_waiting)
         self.started = int(time.time())
-        self.html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-
-    async def page(self, _: Request) -> Response:
-        from starlette.responses import HTMLResponse
-
-        return HTMLResponse(self.html, headers=_PAGE_HEADERS)
 
     async def models(self, _: Request) -> Response:
         model = {"id": self.model_name, "object": "model", "owned_by": "nanochat"}

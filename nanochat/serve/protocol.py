@@ -31,6 +31,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "store": (False,),
+    "tool_format": ("parts",),  # what a stream has anyway
+    "truncation": ("auto", "disabled"),
 }
 _IGNORED = {"user", "metadata"}  # bookkeeping of the client's own
 _KNOWN = {
