@@ -608,7 +608,26 @@ def test_markdown_of_anything_is_harmless_and_the_same_in_pieces(place: Place) -
                 assert href.startswith("https://") and "noopener" in rel, source
 
 
-HEAVY = ["[", "*a ", "**a", "`", "` ``", "> ", "- ", "  - a\n", "|", "a|b\n", "\\", "~~~\n", "[a]("]
+HEAVY = [
+    "[",
+    "*",
+    "*a ",
+    "**a",
+    "`",
+    "` ``",
+    "~~~`",
+    "~",
+    " ",
+    "https://x.y/.",
+    "> ",
+    "- ",
+    "  - a\n",
+    "|",
+    "a|b\n",
+    "\\",
+    "~~~\n",
+    "[a](",
+]
 
 
 def test_markdown_of_a_hostile_reply_does_not_freeze_the_page(place: Place) -> None:
@@ -682,10 +701,10 @@ def test_nothing_that_is_written_runs(place: Place) -> None:
     assert all(url.startswith(place.url) for url in asked), asked
 
 
-# What would run if markup or an address of the model's ever got through: each must be refused.
+# What would run if markup or an address of the model's ever got through: each must be refused,
+# which the browser tells by an event (within 30 s on a very slow machine).
 INJECTIONS = """async (url) => {
-  const refused = [], node = document.body.appendChild(document.createElement("div"));
-  document.addEventListener("securitypolicyviolation", (e) => refused.push(e.effectiveDirective));
+  const node = document.body.appendChild(document.createElement("div"));
   const tries = [
     () => { node.innerHTML = "<img src=x onerror='window.pwned = 1'>"; },
     () => { node.insertAdjacentHTML("beforeend", "<b>x</b>"); },
@@ -697,14 +716,16 @@ INJECTIONS = """async (url) => {
     () => { node.appendChild(document.createElement("iframe")).src = url; },
     () => fetch(url),
   ];
-  const count = [];
+  const refused = [];
   for (const run of tries) {
-    const before = refused.length;
+    const told = new Promise((resolve) => {
+      document.addEventListener("securitypolicyviolation", () => resolve(true), { once: true });
+      setTimeout(() => resolve(false), 30_000);
+    });
     try { await run(); } catch { /* told by the event */ }
-    await new Promise((resolve) => setTimeout(resolve, 20));
-    count.push(refused.length > before);
+    refused.push(await told);
   }
-  return [count, window.pwned ?? null];
+  return [refused, window.pwned ?? null];
 }"""
 
 
@@ -875,9 +896,11 @@ def test_a_narrow_screen(place: Place) -> None:
         fits()
         page.locator("#scroll").evaluate("(node) => { node.scrollTop = 1e6; }")
         page.set_viewport_size({"width": 390, "height": 400})  # the keyboard is up
+        expect(page.locator("#form")).to_be_in_viewport(ratio=1)
         fits()
         expect(page.locator("article.assistant .actions")).to_be_in_viewport()
         page.set_viewport_size({"width": 390, "height": 760})
+        expect(page.locator("#form")).to_be_in_viewport(ratio=1)
         expect(page.locator("#side")).to_be_hidden()
         page.click("#toggle")
         expect(page.locator("#chats .name")).to_be_in_viewport()
