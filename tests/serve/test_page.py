@@ -396,8 +396,8 @@ def test_settings_are_sent_and_kept(place: Place) -> None:
         page.click("#settings-open")
         page.fill("#temperature", "9")  # out of range: not taken
         page.fill("#top_p", "")
-        page.locator("#top_k").focus()
         page.keyboard.press("Escape")
+        expect(page.locator("#temperature")).to_have_value("")
         body = body_of(page, "again")
         assert "temperature" not in body and "top_p" not in body and body["top_k"] == 5
         page.click("#settings-open")
@@ -417,7 +417,9 @@ def test_the_engine_gets_what_was_chosen(place: Place) -> None:
         page.fill("#system", "Be brief.")
         page.get_by_role("button", name="Done").click()
         ask(page, "Go on")
-        expect(page.locator(".note")).to_have_text(re.compile("^7 tokens .* cut at the longest"))
+        expect(page.locator(".note")).to_have_text(
+            re.compile("^7 tokens .* cut at the token limit")
+        )
     system = ("system", "Be brief.")
     assert place.engine.calls[-1]["tokens"] == prompt_of(system, ("user", "Go on"))
 
@@ -638,7 +640,7 @@ def test_markdown_of_a_hostile_reply_does_not_freeze_the_page(place: Place) -> N
     with place.page() as page:
         for piece in HEAVY:
             source = piece * (40_000 // len(piece))
-            assert page.evaluate(time_it, source) < 20_000, piece  # ms; a few hundred in fact
+            assert page.evaluate(time_it, source) < 30_000, piece  # ms; what backtracks takes for ever
 
 
 # ---- what a model or a user may write and nobody wants to run
@@ -783,20 +785,19 @@ def test_axe_finds_nothing_serious(place: Place, scheme: str, screen: dict[str, 
         assert axe_findings(page) == []
         ask(page, "What is 27 + 15?")
         page.locator("details.tool summary").click()
-        assert axe_findings(page) == []
         page.get_by_role("button", name="Edit").first.click()
-        assert axe_findings(page) == []
-        page.keyboard.press("Escape")
-        page.click("#settings-open")
-        assert axe_findings(page) == []
-        page.keyboard.press("Escape")
         page.route("**/v1/chat/completions", lambda route: route.abort())
         page.fill("#input", "Well?")
         page.click("#send")
         expect(page.locator("#offline")).to_be_visible()
+        assert axe_findings(page) == []  # a reply, an editor, an error, a banner
+        page.click("#settings-open")
         assert axe_findings(page) == []
+        page.keyboard.press("Escape")
         if screen is PHONE:
             page.click("#toggle")
+            page.get_by_role("button", name="Delete").click()
+            expect(page.locator("#toast")).to_be_visible()
             assert axe_findings(page) == []
 
 
@@ -811,6 +812,19 @@ def test_the_theme_follows_the_system_until_one_is_chosen(place: Place) -> None:
         expect(page.locator("body")).not_to_have_css("background-color", dark)
         page.get_by_label("Auto").check()
         expect(page.locator("body")).to_have_css("background-color", dark)
+
+
+def test_the_list_is_folded_away_and_stays_so(place: Place) -> None:
+    with place.page() as page:
+        toggle = page.locator("#toggle")
+        expect(toggle).to_have_attribute("aria-expanded", "true")
+        toggle.click()
+        expect(page.locator("#side")).to_be_hidden()
+        page.reload()
+        expect(page.locator("#side")).to_be_hidden()
+        expect(toggle).to_have_attribute("aria-expanded", "false")
+        toggle.click()
+        expect(page.locator("#side")).to_be_visible()
 
 
 def test_everything_is_reached_by_the_keyboard_and_shows_it(place: Place) -> None:
