@@ -23,7 +23,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.common import UserError
@@ -32,6 +31,7 @@ from nanochat.scheduler import Scheduler
 from nanochat.serve.answers import Answer, ChatAnswer, TextAnswer
 from nanochat.serve.guard import Access, Guard
 from nanochat.serve.metrics import Metrics
+from nanochat.serve.page import page_route
 from nanochat.serve.protocol import (
     ApiError,
     ChatRequest,
@@ -49,15 +49,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 logger = logging.getLogger(__name__)
-
-# The page needs its own inline script and style, and this server; a browser refuses it all else.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
-    "style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
-}
 
 DESCRIPTION = """\
 OpenAI's API as far as this server has it. A parameter that is not listed is refused with 400 and
@@ -135,17 +126,14 @@ def create_app(
 
 def _add_routes(app: "FastAPI", server: "_ChatServer") -> None:
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.responses import JSONResponse, Response
 
-    html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     refused: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": ErrorAnswer, "description": "Refused, and why"},
         503: {"model": ErrorAnswer, "description": "Shutting down"},
     }
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(html, headers=_PAGE_HEADERS)
+    app.router.routes.append(page_route())
 
     @app.get("/health", summary="What is served, and how busy it is")
     async def health() -> JSONResponse:
