@@ -242,9 +242,8 @@ class _ChatServer:
 
     async def chat(self, body: ChatRequest, request: "Request") -> "Response":
         body.check(self.model_name, self.limits)
-        conversation = body.conversation()
         # In a thread: a long conversation takes a moment to tokenize, and others are being served.
-        prompt, dropped = await asyncio.to_thread(self._render, body, conversation)
+        prompt, dropped = await asyncio.to_thread(self._render, body)
         job = self.pool.submit([prompt], body.sampling(self.limits, self._room(prompt)), body.n)
         extra = {"dropped_messages": dropped} if body.truncation == "auto" else {}
         as_text = body.tool_format == "text"
@@ -278,8 +277,9 @@ class _ChatServer:
             "context_length_exceeded",
         )
 
-    def _render(self, body: ChatRequest, conversation: dict[str, Any]) -> tuple[list[int], int]:
+    def _render(self, body: ChatRequest) -> tuple[list[int], int]:
         """The prompt's token ids, if they leave room for a reply, and the messages left out."""
+        conversation = body.conversation()
         context = self.limits.context
         if body.truncation == "auto":
             wanted = body.length_asked or self.limits.max_tokens
@@ -324,6 +324,8 @@ class _ChatServer:
         from starlette.responses import JSONResponse, StreamingResponse
 
         job = answer.job
+        # Not by a `finally` here or in _stream: a client may be gone before that begins
+        request.state.at_end.append(lambda: self._end(job))
         self.metrics.prompt_tokens.inc(job.num_prompt_tokens)
         try:
             await job.accepted()
@@ -337,9 +339,6 @@ class _ChatServer:
             raise
         except Exception as e:  # answered here: the framework's way would drop the connection too
             return JSONResponse(_failure(e).body, 500)
-        finally:
-            if not body.stream:
-                self._end(job)
 
     def _end(self, job: Job) -> None:
         job.cancel()
@@ -390,8 +389,6 @@ class _ChatServer:
         except Exception as e:  # the status line is long sent: the error goes where the text went
             request.state.client_gone = False
             yield _event(e.body if isinstance(e, ApiError) else _failure(e).body)
-        finally:
-            self._end(answer.job)
         yield "data: [DONE]\n\n"
 
 

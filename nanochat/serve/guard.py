@@ -22,7 +22,7 @@ from typing import Any
 
 from nanochat.serve.metrics import Metrics
 from nanochat.serve.protocol import ApiError, Limits, show
-from nanochat.serve.worker import shutting_down
+from nanochat.serve.worker import busy, shutting_down
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -32,6 +32,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 # Answered without a key: the page has to be there to ask for one, and a balancer asks for health.
 OPEN_ROUTES = ("/", "/health", "/openapi.json")
 ROUTES = (*OPEN_ROUTES, "/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics")
+
+MAX_ARRIVING = 256  # bodies that may be on their way at once, each up to the limit in memory
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -48,16 +50,18 @@ class Access:
 
 
 class Guard:
-    """The middleware. `draining` set: no new replies, those that are under way go on."""
+    """The middleware. What a route leaves in `request.state.at_end` is called when its answer has
+    been sent, or cannot be."""
 
     def __init__(self, app: App, access: Access, limits: Limits, metrics: Metrics) -> None:
         self.app, self.access, self.limits, self.metrics = app, access, limits, metrics
+        self._arriving = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope.setdefault("state", {})
+        scope.setdefault("state", {})["at_end"] = []
         exchange = _Exchange(scope, send)
         try:
             self._admit(scope)
@@ -78,6 +82,8 @@ class Guard:
             exchange.outcome = 500
             raise
         finally:
+            for end in scope["state"]["at_end"]:
+                end()
             route = scope["path"] if scope["path"] in ROUTES else "other"
             gone = scope["state"].get("client_gone") or exchange.status == 0
             status = exchange.outcome or (499 if gone else exchange.status)
@@ -131,12 +137,17 @@ class Guard:
                 if len(body) > self.limits.max_body:
                     raise self._too_long()
 
+        if self._arriving >= MAX_ARRIVING:
+            raise busy(f"{self._arriving} requests are arriving")
+        self._arriving += 1
         try:
             await asyncio.wait_for(read(), self.limits.read_timeout)
         except (asyncio.TimeoutError, TimeoutError) as e:
             message = f"the request did not arrive within {self.limits.read_timeout:g} seconds"
             headers = {"Connection": "close", "x-should-retry": "false"}
             raise ApiError(message, None, "timeout", 408, headers) from e
+        finally:
+            self._arriving -= 1
         ready: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -61,9 +62,20 @@ def _whole(text: str) -> str:
     return text
 
 
+def _few(value: Any) -> Any:
+    """Counted before anything within is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_KEYS:
+        raise ValueError(f"more than {MAX_KEYS} keys")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0)]
+T = TypeVar("T")
+# One error is enough: half a million of them in a megabyte kept pydantic busy for half a minute.
+Many = Annotated[list[T], Field(fail_fast=True)]
+MAX_KEYS = 64  # of an object, for the same reason
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
+        if not isinstance(_few(body), dict):
             return body
         return {
             key if str(key).isascii() else show(key)[1:-1]: value
@@ -193,8 +205,8 @@ class Message(Body):
     """One turn. A system (or developer) message may come first, then user and assistant in turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part] | None = None
-    parts: list[Part] | None = None
+    content: Text | Many[Part] | None = None
+    parts: Many[Part] | None = None
     """Extension: an assistant's reply with its tool calls, as this server gave it. Stands in for
     `content`, so that a model sees its own calls again."""
 
@@ -246,7 +258,7 @@ class GenerationRequest(Body):
     """Extension: above 1, tokens that were there already become less likely."""
     user: Text | None = None
     """The client's own bookkeeping: accepted, of no effect."""
-    metadata: dict[Text, Text] | None = None
+    metadata: Annotated[dict[Text, Text], BeforeValidator(_few)] | None = None
     """The client's own bookkeeping: accepted, of no effect."""
 
     @property
@@ -291,7 +303,7 @@ class GenerationRequest(Body):
 class ChatRequest(GenerationRequest):
     """A conversation to be continued."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     """The newer name of max_tokens."""
     logprobs: bool = False
@@ -340,7 +352,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """A text to be continued."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | Many[Text] | Many[TokenId] | Many[Many[TokenId]]
     """A text or several, whose special tokens are plain text; or token ids, taken as they are."""
     logprobs: int | None = Field(None, ge=0, le=5)
 

@@ -316,8 +316,7 @@ class Pool:
             raise shutting_down()
         wanted = n * len(prompts)
         if self.num_open + wanted > self._max_open:
-            message = f"{self.num_open} replies are being made or waiting; try again"
-            raise ApiError(message, code="queue_full", status=429, headers={"Retry-After": "1"})
+            raise busy(f"{self.num_open} replies are being made or waiting")
         worker = min(self.workers, key=lambda worker: worker.num_open)
         return worker.submit(prompts, sampling, n)
 
@@ -332,3 +331,8 @@ def shutting_down(seconds: float = 1) -> ApiError:
     """The answer of a server that is about to end."""
     headers = {"Retry-After": str(max(1, round(seconds)))}
     return ApiError("the server is shutting down", None, "shutting_down", 503, headers)
+
+
+def busy(why: str) -> ApiError:
+    """The answer of a server that has no room."""
+    return ApiError(f"{why}; try again", None, "queue_full", 429, {"Retry-After": "1"})

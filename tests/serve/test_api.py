@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import threading
 import time
@@ -16,8 +18,10 @@ import pytest
 
 import nanochat.serve
 from nanochat.sampling import Sampling
+from nanochat.serve.api import create_app
+from nanochat.serve.protocol import Limits
 from tests.engines_for_tests import ScriptedEngine, ScriptedScheduler, script_of
-from tests.serving_for_tests import HELLO, Served, events_of, serving, wait_until
+from tests.serving_for_tests import HELLO, PATIENCE, Served, events_of, serving, wait_until
 from tests.tokenizers_for_tests import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -267,6 +271,33 @@ def test_a_row_is_freed_when_the_client_goes_away(stream: bool) -> None:
         wait_until(lambda: served.metric("nanochat_requests_total", **gone) == 1)
         assert served.metric("nanochat_completion_tokens_total") > 0
         assert served.health()["running"] == served.health()["waiting"] == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_row_is_freed_even_if_the_client_was_gone_before_the_answer_began(stream: bool) -> None:
+    engine = endless()
+    app = create_app([engine], TOKENIZER, "tiny", Limits(10**9), make_scheduler=ScriptedScheduler)
+    raw = json.dumps({"messages": HELLO, "stream": stream, "max_tokens": 10**6}).encode()
+    messages = [{"type": "http.request", "body": raw, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        return
+
+    async def go() -> None:
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
+            "headers": [(b"host", b"x"), (b"content-type", b"application/json")],
+            "asgi": {"spec_version": "2.3"},
+        }  # fmt: skip
+        await asyncio.wait_for(app(scope, receive, send), PATIENCE)
+        while app.state.pool.num_open:
+            await asyncio.sleep(0.01)
+        app.state.pool.shutdown()
+
+    asyncio.run(asyncio.wait_for(go(), PATIENCE))
 
 
 def test_replies_share_the_batch_and_a_full_queue_is_429() -> None:

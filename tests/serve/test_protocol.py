@@ -202,6 +202,27 @@ def test_a_value_that_is_deeply_nested_is_refused_all_the_same() -> None:
     assert e.value.body["error"]["param"] == "seed"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [1] * 10_000},
+        {"messages": [{"role": "user", "content": [1] * 10_000}]},
+        {"messages": [{str(i): 1 for i in range(10_000)}]},
+        {str(i): 1 for i in range(10_000)},
+        {"messages": HELLO, "metadata": {str(i): 1 for i in range(10_000)}},
+        {"messages": HELLO, "stop": [1] * 10_000},
+        {"prompt": [{}] * 10_000},
+        {"prompt": [[1], "x"] * 10_000},
+    ],
+)
+def test_a_request_wrong_in_many_places_is_looked_at_in_few(body: dict[str, Any]) -> None:
+    """All errors of a hostile megabyte would take half a minute, in which nobody is served."""
+    with pytest.raises(ValidationError) as e:
+        (CompletionRequest if "prompt" in body else ChatRequest).model_validate(body)
+    assert e.value.error_count() < 10
+    assert refusal(e.value.errors()).status == 400
+
+
 def test_mangled_requests_are_refused_and_nothing_worse() -> None:
     """Random values in random places of a good request: parsed, or ApiError."""
     rng = random.Random(0)
