@@ -153,7 +153,9 @@ def compare(arch: str, args: Args, tokenizer: Tokenizer, folder: Path) -> list[d
                 "times": statistics.median(theirs[1:]) / statistics.median(mine[1:]),
                 "equal_tokens": equal,
             }
-        print0(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        print0(
+            " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        )
         rows.append(row)
     return rows
 
