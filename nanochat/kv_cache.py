@@ -100,7 +100,8 @@ class KVCache:
                 cache[:, :, end - T : end] = new
             else:
                 rows = torch.arange(B, device=k.device)[:, None]  # (B, 1)
-                cache.transpose(1, 2)[rows, self.positions(T)] = new.transpose(1, 2)
+                # A slice between two indices moves behind them: (B, T, K, E)
+                cache[rows, :, self.positions(T)] = new.transpose(1, 2)
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, T: int) -> None:
