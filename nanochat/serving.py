@@ -42,7 +42,7 @@ def make_ready(model: Any, dtype: torch.dtype | None = None, quantize: str = "no
     done: set[nn.Module] = set()
     for module in ready.modules():
         for names in TOGETHER:
-            linears = [getattr(module, name, None) for name in names]
+            linears: list[Any] = [getattr(module, name, None) for name in names]
             if all(type(linear) is nn.Linear for linear in linears):
                 _join(linears)
                 done.update(linears)
