@@ -6,15 +6,19 @@ How fast replies are written, beside transformers' generate with the same export
     python -m bench.decode_speed --device_type=cuda --size=qwen2.5-0.5b --new_tokens=512
 
 A random model of each architecture is exported and loaded by transformers (NanoChatForCausalLM,
-Qwen2ForCausalLM); both write the same number of tokens, always the likeliest, from the same prompts,
-and must write the same ones. Ours is nanochat/engine.py with the model made ready as for serving
-(nanochat/serving.py). In float32 on a CPU, in bfloat16 on a GPU. The rounds alternate, the medians
-count. The result goes to bench/results/decode_speed.json.
+Qwen2ForCausalLM); both write the same number of tokens, always the likeliest, from the same
+prompts, and the share of equal tokens is told. Ours is a scheduler (nanochat/scheduler.py) over the
+model made ready to serve (nanochat/serving.py), --step as the engine takes it. In float32 on a CPU,
+in bfloat16 on a GPU. The rounds alternate, the medians count. What int8 weights cost is told in
+bits per byte, beside the same rows in float32: of a model that has learned this repository's texts
+for a minute. The result goes to bench/results/decode_speed.json.
 """
 
 from __future__ import annotations
 
 import gc
+import math
+import os
 import statistics
 import tempfile
 import time
@@ -30,7 +34,9 @@ from nanochat import flags
 from nanochat.common import UserError, print0, write_json
 from nanochat.engine import Engine
 from nanochat.hf_export import export_model
-from nanochat.models import build_model, make_config
+from nanochat.models import ARCHITECTURES, build_model, make_config
+from nanochat.sampling import Sampling
+from nanochat.scheduler import Scheduler
 from nanochat.serving import make_ready
 from nanochat.tokenizer import Tokenizer
 
@@ -43,7 +49,7 @@ class Args:
 
     device_type: str = "cpu"
     """cpu or cuda."""
-    depth: int = 6
+    depth: int = 4
     """Size of the models."""
     size: str = ""
     """A named size (qwen2.5-0.5b) in place of both architectures at --depth."""
@@ -59,8 +65,10 @@ class Args:
     """Alternating rounds; the first is not counted."""
     threads: int = 0
     """Threads of a CPU; 0: as PyTorch chooses."""
-    compile: str = "off"
-    """Whether our step is compiled: auto, on or off."""
+    step: str = "compiled"
+    """How ours decodes a token: plain, compiled, or on CUDA graph."""
+    quality_steps: int = 150
+    """Training steps of the model that int8 is judged by; 0: int8 is not judged."""
     peer: bool = True
     """Whether transformers runs too."""
     out: str = str(RESULTS / "decode_speed.json")
@@ -120,9 +128,10 @@ def compare(arch: str, args: Args, tokenizer: Tokenizer, folder: Path) -> list[d
         dtype = "bfloat16" if device.type == "cuda" else "float32"
         export_model(folder / arch, model, tokenizer, chat=True, card="", dtype=dtype)
         peer = peer_of(folder / arch, device)
-    ready = make_ready(model)
-    engine = Engine(ready, tokenizer, tools="none")
+    ready = make_ready(model, torch.bfloat16 if device.type == "cuda" else None)
+    engine = Engine(ready, tokenizer, tools="none", step=args.step)
     engine.stops = set()
+    sampling = Sampling(max_tokens=args.new_tokens, temperature=0.0)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in args.batches:
@@ -130,11 +139,15 @@ def compare(arch: str, args: Args, tokenizer: Tokenizer, folder: Path) -> list[d
             0, 256, (batch, args.prompt_tokens), generator=generator
         ).tolist()  # bytes: any text begins like this
 
-        def ours(prompts: list[list[int]] = prompts) -> list[list[int]]:
-            sequences, _ = engine.generate_batch(
-                prompts, max_tokens=args.new_tokens, temperature=0.0
-            )
-            return [s[args.prompt_tokens :] for s in sequences]
+        scheduler = Scheduler(engine, max_batch=batch)
+
+        def ours(
+            prompts: list[list[int]] = prompts, scheduler: Scheduler = scheduler
+        ) -> list[list[int]]:
+            requests = [scheduler.add(prompt, sampling)[0] for prompt in prompts]
+            while scheduler.running or scheduler.waiting:
+                scheduler.step()
+            return [request.tokens for request in requests]
 
         mine, theirs, equal = [], [], 0.0
         for _ in range(args.rounds):
@@ -145,17 +158,62 @@ def compare(arch: str, args: Args, tokenizer: Tokenizer, folder: Path) -> list[d
                 theirs.append(taken)
                 same = [a == b for x, y in zip(ids, other) for a, b in zip(x, y)]
                 equal = sum(same) / len(same)
-        row = {"arch": arch, "batch": batch, "parameters": sum(p.numel() for p in model.parameters()),
-               "ours_tokens_per_second": _rate(batch, args, mine)}  # fmt: skip
+        row = {
+            "arch": arch,
+            "batch": batch,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "ours_tokens_per_second": _rate(batch, args, mine),
+        }
         if peer is not None:
             row |= {
                 "transformers_tokens_per_second": _rate(batch, args, theirs),
                 "times": statistics.median(theirs[1:]) / statistics.median(mine[1:]),
                 "equal_tokens": equal,
             }
-        print0(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        print0(
+            " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        )
         rows.append(row)
     return rows
+
+
+def int8_quality(arch: str, args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Bits per byte of float32 and int8 weights on the same rows, which training did not see."""
+    device, T = torch.device(args.device_type), 128
+    config, _ = make_config(arch, args.depth, tokenizer.get_vocab_size(), T)
+    model = build_model(config, device, seed=1)
+    paths = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/**/*.py")])
+    documents = tokenizer.encode([p.read_text(encoding="utf-8") for p in paths])
+    train, held_out = (
+        torch.tensor([id for i, ids in enumerate(documents) if (i % 10 == 0) == last for id in ids])
+        for last in (False, True)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(args.quality_steps):
+        at = torch.randint(0, len(train) - T - 1, (8, 1), generator=generator)
+        rows = train[at + torch.arange(T + 1)].to(device)
+        loss = model(rows[:, :-1], rows[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = held_out[: len(held_out) // (T + 1) * (T + 1)].view(-1, T + 1)[:200].to(device)
+    size = int(torch.as_tensor(tokenizer.token_bytes)[rows[:, 1:].cpu()].sum())
+    bits = {}
+    for name in ("none", "int8"):
+        ready = make_ready(model, quantize=name)
+        with torch.inference_mode():
+            nats = sum(float(ready(r[:, :-1], r[:, 1:], reduction="sum")) for r in rows.split(20))
+        bits[name] = nats / size / math.log(2)
+    found = {
+        "arch": arch,
+        "float32_bits_per_byte": bits["none"],
+        "int8_bits_per_byte": bits["int8"],
+        "increase": bits["int8"] / bits["none"] - 1,
+        "rows": len(rows),
+    }
+    print0(f"{arch}: {bits['none']:.4f} bits per byte in float32, {bits['int8']:.4f} in int8")
+    return found
 
 
 def _rate(batch: int, args: Args, taken: list[float]) -> float:
@@ -164,7 +222,7 @@ def _rate(batch: int, args: Args, taken: list[float]) -> float:
 
 
 def main(args: Args) -> None:
-    load = _load()
+    load = os.getloadavg()[0]
     if args.rounds < 2:
         raise UserError(f"--rounds={args.rounds} must be at least 2: the first is not counted")
     if args.threads:
@@ -174,16 +232,14 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for arch in [args.size] if args.size else ["gpt", "qwen2.5"]:
             rows += compare(arch, args, tokenizer, Path(folder))
+    quality = [
+        int8_quality(arch, args, tokenizer)
+        for arch in (ARCHITECTURES if args.quality_steps else ())
+    ]
     if args.out:
         about = {"args": vars(args), "threads": torch.get_num_threads()}
-        write_json(args.out, {**about, "rows": rows, **surroundings(load)})
+        write_json(args.out, {**about, "rows": rows, "int8": quality, **surroundings(load)})
         print0(f"wrote {args.out}")
-
-
-def _load() -> float:
-    import os
-
-    return os.getloadavg()[0]
 
 
 if __name__ == "__main__":

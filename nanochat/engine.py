@@ -23,6 +23,7 @@ from nanochat.kv_cache import KVCache
 from nanochat.rows import Rows
 from nanochat.sampling import Sampling
 from nanochat.scheduler import Request, Scheduler, Token
+from nanochat.static_step import GraphStep, Step, bucket_of, make_step
 from nanochat.tools import Tool, ToolLimits, ToolUse, make_tool
 
 __all__ = ["Engine", "KVCache", "Sampling", "Scheduler"]
@@ -31,7 +32,7 @@ TOOL_THREADS = 4  # programs of models that run at once
 
 
 class Engine:
-    """Generates with a model of ours, as it is: the raw (uncompiled) module."""
+    """Generates with a model of ours: the raw (uncompiled) module."""
 
     def __init__(
         self,
@@ -39,9 +40,11 @@ class Engine:
         tokenizer: Any,
         tools: str = "calculator",
         limits: ToolLimits | None = None,
+        step: str = "plain",
     ) -> None:
-        """`tools`: "calculator", "python" (in the sandbox) or "none". UserError if they cannot be
-        had here."""
+        """`tools`: "calculator", "python" (in the sandbox) or "none". `step`: how a token for each
+        row is decoded: "plain", "compiled", or on CUDA "graph" (compiled and captured). They pay
+        where one scheduler serves for long. UserError if either cannot be had here."""
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = tokenizer.get_vocab_size()  # the model may have more rows; never sampled
         self.stops: set[int] = set(tokenizer.stop_token_ids)
@@ -53,6 +56,7 @@ class Engine:
         self.tool: Tool | None = make_tool(tools, self.limits)
         self.has_tools = self.has_tools and self.tool is not None
         self._threads: ThreadPoolExecutor | None = None
+        self.step: Step | None = make_step(step, model)
 
     @property
     def device(self) -> Any:
@@ -68,7 +72,11 @@ class Engine:
 
     def rows(self, max_batch: int) -> Rows:
         """An empty batch of that many rows at most."""
-        return Rows(self.model, self.vocab_size)
+        if not isinstance(self.step, GraphStep):
+            return Rows(self.model, self.vocab_size, step=self.step)
+        # Graphs are captured with the cache's memory: it must not move
+        most = bucket_of(max_batch)
+        return Rows(self.model, self.vocab_size, self.context or 0, most, self.step)
 
     def tool_use(self) -> ToolUse | None:
         """What follows the tool calls of one reply; None without tools."""

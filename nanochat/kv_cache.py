@@ -26,9 +26,15 @@ class KVCache:
     allocation and copy. Models that ask for previous() have their tokens held too."""
 
     def __init__(
-        self, n_layer: int, batch: int, device: torch.device | str = "cpu", room: int = 0
+        self,
+        n_layer: int,
+        batch: int,
+        device: torch.device | str = "cpu",
+        room: int = 0,
+        most: int = 0,
     ) -> None:
-        self.device, self.room = device, room
+        """`room` positions of `most` rows: what there is memory for from the first pass on."""
+        self.device, self.room, self.most = device, room, most
         self.lengths = [0] * batch  # tokens held by each row; on the host, so no sync is needed
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
         # (B, 1 + S): -1, which stands before every row, then the row's tokens.
@@ -77,12 +83,8 @@ class KVCache:
         if self.ids is None and end > T:
             raise ValueError("previous() of a cache that was filled without being asked for it")
         if self.ids is None or self.ids.size(1) < 1 + end or self.ids.size(0) < B:
-            size = 1 + self._size(end) if self.ids is None else self.ids.size(1)
-            size = size if size > end else 1 + self._size(end)
-            fresh = idx.new_full((B, size), -1)
-            if self.ids is not None:
-                fresh[: self.ids.size(0), : self.ids.size(1)] = self.ids
-            self.ids = fresh
+            self._grow_ids(idx, B, end)
+        assert self.ids is not None
         rows, at = torch.arange(B, device=idx.device)[:, None], self.positions(T)
         self.ids[rows, at + 1] = idx
         return self.ids[rows, at]
@@ -100,7 +102,8 @@ class KVCache:
                 cache[:, :, end - T : end] = new
             else:
                 rows = torch.arange(B, device=k.device)[:, None]  # (B, 1)
-                cache.transpose(1, 2)[rows, self.positions(T)] = new.transpose(1, 2)
+                # A slice between two indices moves behind them: (B, T, K, E)
+                cache[rows, :, self.positions(T)] = new.transpose(1, 2)
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, T: int) -> None:
@@ -140,12 +143,12 @@ class KVCache:
             for mine, new in zip(held, theirs):
                 mine[n : n + m, :, :longest] = new[:, :, :longest].index_select(0, index)
         if other.ids is not None:
-            old = self.ids
-            width = max(1 + self._size(end), 0 if old is None else old.size(1))
-            self.ids = other.ids.new_full((n + m, width), -1)
-            if old is not None and n:
-                self.ids[:n, : old.size(1)] = old[:n]
-            self.ids[n:, : 1 + longest] = other.ids[:, : 1 + longest].index_select(0, index)
+            if self.ids is None or self.ids.size(0) < n + m or self.ids.size(1) < 1 + end:
+                self._grow_ids(other.ids, n + m, end)
+            assert self.ids is not None
+            self.ids[n : n + m, 0] = -1
+            new = other.ids[:, : 1 + longest].index_select(0, index)
+            self.ids[n : n + m, : 1 + longest] = new
         self.set_lengths([*self.lengths, *lengths])
 
     def remove(self, row: int) -> None:
@@ -165,23 +168,34 @@ class KVCache:
     def row(self, row: int, T: int) -> KVCache:
         """One row as a cache of its own, with room for T more tokens, in the same memory. What is
         written to it counts here when its length is set here."""
-        end = self.lengths[row] + T
+        self.reserve(len(self.lengths), self.lengths[row] + T)
         view = KVCache(len(self.layers), 1, self.device)
-        for layer, held in enumerate(self.layers):
-            if held is not None:
-                if held[0].size(2) < end:
-                    held = self.layers[layer] = self._grown(held, held[0], held[0].size(0), end)
-                view.layers[layer] = (held[0][row : row + 1], held[1][row : row + 1])
-        if self.ids is not None:
-            if self.ids.size(1) < 1 + end:
-                fresh = self.ids.new_full((self.ids.size(0), 1 + self._size(end)), -1)
-                fresh[:, : self.ids.size(1)] = self.ids
-                self.ids = fresh
-            view.ids = self.ids[row : row + 1]
+        view.layers = [
+            held and (held[0][row : row + 1], held[1][row : row + 1]) for held in self.layers
+        ]
+        view.ids = None if self.ids is None else self.ids[row : row + 1]
         view.lengths = [self.lengths[row]]
         return view
 
     # ---- memory
+
+    def reserve(self, rows: int, end: int) -> None:
+        """Has memory for that many rows of that many positions, if it has any."""
+        for layer, held in enumerate(self.layers):
+            if held is not None and (held[0].size(0) < rows or held[0].size(2) < end):
+                self.layers[layer] = self._grown(held, held[0], rows, end)
+        if self.ids is not None and (self.ids.size(0) < rows or self.ids.size(1) < 1 + end):
+            self._grow_ids(self.ids, rows, end)
+
+    def _grow_ids(self, like: Tensor, rows: int, end: int) -> None:
+        old = self.ids
+        width, rows = 1 + self._size(end), max(rows, self.most)
+        if old is not None:
+            rows = max(rows, old.size(0))
+            width = old.size(1) if old.size(1) > end else width
+        self.ids = like.new_full((rows, width), -1)
+        if old is not None:
+            self.ids[: old.size(0), : old.size(1)] = old
 
     def _size(self, end: int) -> int:
         """Room for `end` positions and half as many again, in chunks of 64."""
@@ -192,7 +206,7 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Memory for that many rows (at least) and positions, with what was held copied into it."""
         _, K, _, E = like.shape
-        size = self._size(end)
+        size, rows = self._size(end), max(rows, self.most)
         if held is not None:
             rows = max(rows, held[0].size(0))
             size = held[0].size(2) if held[0].size(2) >= end else size

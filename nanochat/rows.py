@@ -18,6 +18,7 @@ from torch import Tensor
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Choice, Sampling, likeliest, log_probs_of
 from nanochat.scheduler import Picked
+from nanochat.static_step import Step
 
 PREFILL_TOKENS = 16_384  # of one pass over new prompts, padding included
 
@@ -35,12 +36,20 @@ class Prefilled:
 class Rows:
     """Rows of a model of ours in decoding. What scheduler.RowsLike says."""
 
-    def __init__(self, model: Any, vocab_size: int, room: int = 0) -> None:
-        """`vocab_size`: the tokenizer's; a model may have more, which are never chosen. `room`:
-        positions that the cache has memory for from the start."""
-        self.model, self.vocab_size = model, vocab_size
+    def __init__(
+        self,
+        model: Any,
+        vocab_size: int,
+        room: int = 0,
+        most: int = 0,
+        step: Step | None = None,
+    ) -> None:
+        """`vocab_size`: the tokenizer's; a model may have more, which are never chosen. `room`
+        and `most`: positions and rows that the cache has memory for from the start. `step`: how a
+        token for each row is decoded, else by the model as it is."""
+        self.model, self.vocab_size, self.step = model, vocab_size, step
         self.device = model.get_device()
-        self.cache = KVCache(model.config.n_layer, 0, self.device, room)
+        self.cache = KVCache(model.config.n_layer, 0, self.device, room, most)
         self.logits: Tensor | None = None  # (R, V): what each row's next token is chosen by
         self.samplings: list[Sampling] = []
         self._choice: Choice | None = None  # by the samplings; None: they have changed
@@ -97,6 +106,8 @@ class Rows:
 
     def _step(self, idx: Tensor) -> Tensor:
         """One token for every row: (R, 1) ids -> (R, V) logits."""
+        if self.step is not None:
+            return self.step(idx, self.cache)[:, : self.vocab_size]
         return self._logits(self.model.hidden(idx, self.cache)[:, -1])
 
     def _logits(self, x: Tensor) -> Tensor:

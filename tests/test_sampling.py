@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanochat.common import UserError
 from nanochat.sampling import Choice, Sampling
 
 
@@ -71,3 +72,99 @@ def test_a_token_of_probability_zero_is_never_sampled(uniform: float) -> None:
 
 def test_low_temperature_does_not_overflow() -> None:
     assert sample(torch.tensor([[10.0, 15.0, -15.0]]), 1e-4, None, [0.5]) == [1]
+
+
+# ---- each row by its own settings ----------------------------------------------------------------
+
+VOCAB = 60
+SETTINGS = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=1.3, top_k=7),
+    Sampling(top_p=0.8),
+    Sampling(min_p=0.1),
+    Sampling(temperature=0.5, top_k=20, top_p=0.7, min_p=0.05),
+    Sampling(repetition_penalty=1.8),
+    Sampling(temperature=0.8, top_k=9, repetition_penalty=0.6),
+    Sampling(top_p=1e-6),
+    Sampling(min_p=1.0),
+    Sampling(temperature=0.0, repetition_penalty=3.0),
+]
+
+
+def shares_by_transformers(logits: Tensor, seen: Tensor, settings: Sampling) -> Tensor:
+    """(V,) logits, (n,) ids of the text -> (V,): what its processors, in its order, leave over."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    scores, ids = logits[None], seen[None]
+    if settings.repetition_penalty != 1:
+        penalty = transformers.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+        scores = penalty(ids, scores)
+    if settings.temperature == 0:
+        return torch.nn.functional.one_hot(scores.argmax(-1), logits.numel())[0].float()
+    scores = transformers.TemperatureLogitsWarper(settings.temperature)(ids, scores)
+    if settings.top_k:
+        scores = transformers.TopKLogitsWarper(settings.top_k)(ids, scores)
+    if settings.top_p < 1:
+        scores = transformers.TopPLogitsWarper(settings.top_p)(ids, scores)
+    if settings.min_p > 0:
+        scores = transformers.MinPLogitsWarper(settings.min_p)(ids, scores)
+    return scores.softmax(-1)[0]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_token_has_the_share_that_transformers_gives_it(settings: Sampling) -> None:
+    """Uniform numbers on a fine grid, to one grid point."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(VOCAB, generator=generator)
+    seen = torch.randint(0, VOCAB, (15,), generator=generator)
+    n = 4000
+    mask = torch.zeros(VOCAB, dtype=torch.bool)
+    mask[seen] = True
+    tokens = Choice([settings] * n, VOCAB)(
+        logits.expand(n, -1), [(i + 0.5) / n for i in range(n)], mask.expand(n, -1)
+    )
+    found = torch.bincount(tokens, minlength=VOCAB)
+    wanted = n * shares_by_transformers(logits, seen, settings)
+    assert (found - wanted).abs().max() <= 1.5
+    assert (found[wanted == 0] == 0).all()
+
+
+def test_rows_of_all_settings_share_a_batch() -> None:
+    """A row's token is the same alone, in a batch of its like, and among all others."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [SETTINGS[i % len(SETTINGS)] for i in range(100)]
+    logits = 2 * torch.randn(100, VOCAB, generator=generator)
+    seen = torch.rand(100, VOCAB, generator=generator) < 0.2
+    uniforms = torch.rand(100, generator=generator).tolist()
+    together = Choice(rows, VOCAB)(logits, uniforms, seen).tolist()
+    for i, settings in enumerate(rows):
+        alone = Choice([settings], VOCAB)(logits[i : i + 1], uniforms[i : i + 1], seen[i : i + 1])
+        assert alone.tolist() == [together[i]], settings
+    assert len(set(together)) > 20
+
+
+def test_top_p_of_a_large_vocabulary() -> None:
+    """With and without the short cut, which looks at the likeliest 1,024 tokens first."""
+    n, vocab = 400, 5000
+    uniforms = [(i + 0.5) / n for i in range(n)]
+    for sharpness in (3.0, 0.01):  # the nucleus is 40 tokens, and nearly all of them
+        logits = sharpness * torch.randn(vocab, generator=torch.Generator().manual_seed(2))
+        tokens = Choice([Sampling(top_p=0.9)] * n, vocab)(logits.expand(n, -1), uniforms)
+        probs, order = logits.softmax(-1).sort(descending=True)
+        nucleus = order[: int((probs.cumsum(0) < 0.9).sum()) + 1]
+        assert set(tokens.tolist()) <= set(nucleus.tolist())
+        cdf = logits.softmax(-1)[nucleus].cumsum(0)
+        wanted = nucleus[torch.searchsorted(cdf / cdf[-1], torch.tensor(uniforms))]
+        assert (tokens == wanted).float().mean() > 0.99  # rounding may move a few by one place
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("max_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1),
+     ("temperature", float("inf")), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
+     ("min_p", 1.1), ("repetition_penalty", 0.0), ("logprobs", 21), ("logprobs", -1),
+     ("stop", ("",))],
+)  # fmt: skip
+def test_what_means_nothing_is_refused_by_name(field: str, value: object) -> None:
+    Sampling().check()
+    with pytest.raises(UserError, match=field):
+        Sampling(**{field: value}).check()  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ E width of a head, V vocabulary, S cached positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -71,7 +72,8 @@ class Rotary(nn.Module):
             self.cos, self.sin = angle.cos(), angle.sin() * self.direction
 
     def forward(self, T: int, cache: KVCacheLike | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin, (B or 1, T, 1, E/2), of positions 0..T-1 or of the next T of a cache's rows.
+        """cos and sin, (B or 1, T, 1, E/2), of positions 0..T-1 or of the next T of a cache's rows;
+        for one token of a cache (B, 1, 1, E), see apply_rotary.
 
         A longer text than ever seen makes the table grow, it does not fail."""
         needed = T if cache is None else cache.end(T)
@@ -80,14 +82,31 @@ class Rotary(nn.Module):
         if cache is None:
             return self.cos[None, :T, None, :], self.sin[None, :T, None, :]
         positions = cache.positions(T)  # (B, T)
-        return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        if T == 1:  # as wide as a head, for apply_rotary's short way
+            return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos, sin
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the two halves of each head by the position's angle: (B, T, H, E) -> same."""
+    """Rotates the two halves of each head by the position's angle: (B, T, H, E) -> same.
+
+    With tables as wide as a head (cos twice, -sin and sin) it takes fewer operations: in decoding
+    a step is so short that their number is what counts."""
+    if cos.size(-1) == x.size(-1):
+        return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, dims=-1) * sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)  # (B, T, H, E/2)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def products(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """What several linear layers make of the same input; in one product where the weights were
+    joined for serving (serving.py)."""
+    joined = getattr(linears[0], "joined", None)
+    if joined is None:
+        return [linear(x) for linear in linears]
+    return joined(x).split([linear.out_features for linear in linears], dim=-1)
 
 
 def attention(
@@ -162,7 +181,11 @@ def lm_logits(x: Tensor, head: Tensor, softcap: float = 0.0) -> Tensor:
 
     The cap is taken in float32: tanh in bfloat16 loses the differences that decide."""
     logits = F.linear(x, head).float()
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    if not softcap:
+        return logits
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return softcap * torch.tanh(logits / softcap)
+    return logits.div_(softcap).tanh_().mul_(softcap)  # in place: in decoding memory is the time
 
 
 def matmul_flops_per_token(
