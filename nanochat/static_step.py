@@ -113,9 +113,11 @@ class Step:
         if not self.proven:
             self._prove(idx, at, layers, ids)
         # One program for every size of the memory, and one for a row alone
-        for kv in layers if self.decode is not decode else ():
-            for tensor in kv:
+        if self.decode is not decode:
+            for tensor in (t for kv in layers for t in kv):
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
+            if ids is not None:
+                torch._dynamo.maybe_mark_dynamic(ids, 1)
         return self.decode(self.model, idx, at, layers, ids)
 
     def _prove(
