@@ -16,8 +16,9 @@ import uvicorn
 
 from nanochat import flags
 from nanochat.common import UserError
+from nanochat.serve.options import access_of, devices_of, step_of
 from scripts import chat_web
-from scripts.chat_web import Args, access_of, devices_of
+from scripts.chat_web import Args
 from tests.models_for_tests import tiny_model
 from tests.serving_for_tests import PATIENCE
 from tests.tokenizers_for_tests import tiny_tokenizer
@@ -90,7 +91,7 @@ def test_flags_reach_the_server(
     more = {
         "workers": 2, "max_context": 40, "max_reply_tokens": 9, "max_concurrent": 2,
         "max_waiting": 0, "max_body": 5000, "api_key_file": str(key), "tools": "none",
-        "allowed_hosts": ["chat.example"], "cors_origins": ["https://page.example/"],
+        "quantize": "int8", "allowed_hosts": ["chat.example"], "cors_origins": ["https://page.example/"],
     }  # fmt: skip
     with running(monkeypatch, capsys, **more) as served:
         served.headers["Host"] = "chat.example"
@@ -168,12 +169,14 @@ def test_one_worker_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [d.index for d in devices_of(Args(workers=2), gpu)] == [0, 1]
     with pytest.raises(UserError, match=r"--workers=4.*3 GPUs"):
         devices_of(Args(workers=4), gpu)
+    assert step_of(Args(), gpu) == "graph" and step_of(Args(), cpu) == "plain"
+    assert step_of(Args(decoding="compiled"), gpu) == "compiled"
 
 
 def test_short_and_long_flags() -> None:
     argv = ["-i", "sft", "-g", "d20", "-s", "7", "-t", "0.5", "-k", "3", "-m", "9", "-p", "81"]
     argv += ["--host", "0.0.0.0", "--device-type", "cpu"]
-    assert flags.parse(Args, argv) == Args("cpu", "sft", "d20", 7, "0.0.0.0", 81, 0.5, 3, 9)
+    assert flags.parse(Args, argv) == Args("cpu", "auto", "sft", "d20", 7, "0.0.0.0", 81, 0.5, 3, 9)
     assert flags.parse(Args, []).host == "127.0.0.1"
     origins = flags.parse(Args, ["--cors_origins", "https://a.b", "https://c.d"]).cors_origins
     assert origins == ["https://a.b", "https://c.d"]
