@@ -223,3 +223,27 @@ def test_no_secret_reaches_another_client() -> None:
 
         asyncio.run(both())
         assert served.chat(messages=HELLO).json()["choices"][0]["message"]["content"] == "Hello"
+
+
+@pytest.mark.gpu
+def test_each_gpu_has_a_worker_and_every_reply_comes_whole() -> None:
+    import torch
+
+    from nanochat.serving import make_ready
+
+    made = engines(torch.cuda.device_count())
+    on_gpus = [
+        Engine(make_ready(engine.model.to(f"cuda:{i}")), TOKENIZER, step="graph")
+        for i, engine in enumerate(made)
+    ]
+    with serving(on_gpus, TOKENIZER, context=CONTEXT) as served:
+        assert served.health()["workers"] == len(on_gpus)
+
+        async def all_at_once() -> list[str]:
+            async with async_client(served) as client:
+                return await asyncio.gather(*(streamed(client, asked(i)) for i in range(64)))
+
+        for i, text in enumerate(asyncio.run(all_at_once())):
+            _, reason, tokens = answer_of(text)
+            assert reason == "stop" or tokens == asked(i)["max_tokens"]
+        assert served.metric("nanochat_requests_total", status="200") >= 64
