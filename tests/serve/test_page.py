@@ -28,9 +28,9 @@ try:
 except ImportError:
     pytest.skip("no playwright: these tests drive a browser", allow_module_level=True)
 
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "chrome"])), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
-pytestmark = needs_browser
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 Parts = list[dict[str, str]]
 TOOL_REPLY = [
