@@ -30,9 +30,9 @@ except ImportError:
     pytest.skip("no playwright: these tests drive a browser", allow_module_level=True)
 
 TOKENIZER = tiny_tokenizer()
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "chrome"])), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
-pytestmark = needs_browser
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 Parts = list[dict[str, str]]
 TOOL_REPLY = [
