@@ -643,7 +643,7 @@ def test_markdown_of_a_hostile_reply_does_not_freeze_the_page(place: Place) -> N
     with place.page() as page:
         for piece in HEAVY:
             source = piece * (40_000 // len(piece))
-            assert page.evaluate(time_it, source) < 30_000, piece  # ms; what backtracks takes for ever
+            assert page.evaluate(time_it, source) < 30_000, piece  # ms
 
 
 # ---- what a model or a user may write and nobody wants to run
