@@ -43,9 +43,6 @@ CPU_MICRO_BATCH_TOKENS = 2048
 GPU_MICRO_BATCH_TOKENS = 65_536
 # With fewer, a GPU's matrix products are too thin: recomputing activations costs less than that.
 SENSIBLE_TOKENS = 4096
-# Bytes of a step's activations in float32, nothing fused: at most so many for each token, layer
-# and channel, or token and vocabulary entry. Twice what the models need (tests/test_plan.py).
-ROOMY_LAYER, ROOMY_LOGITS = 200, 40
 
 # Rows of the table, and the parts of the trace that each of them adds up.
 ROWS = {
@@ -198,7 +195,9 @@ class Planner:
     ) -> Memory | None:
         """The largest of those sizes that fits into `limit` bytes; None if none does."""
         sizes = self.sizes(most_tokens, length)
-        low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
+        if (memory := self.memory(sizes[-1], mode, length)).total <= limit:
+            return memory  # nearly always on a CPU
+        low, high = 0, len(sizes) - 1  # sizes[:low] fit, sizes[high:] do not
         while low < high:
             middle = (low + high) // 2
             fits = self.memory(sizes[middle], mode, length).total <= limit
@@ -257,18 +256,6 @@ def usable_memory(info: DistInfo) -> int:
     return int(min(sum_over_ranks(*of_rank, device=device)))
 
 
-def roomy(config: Config, batch: int, length: int) -> int:
-    """Bytes that a step surely does not exceed, for what comes nowhere near the machine's memory:
-    an exact estimate would take seconds, to load PyTorch's compiler, at the start of every run."""
-    with torch.device("meta"):
-        model = ARCHITECTURES[arch_of(config)][0](config)
-    params = sum(p.numel() for p in model.parameters())
-    tokens = batch * length
-    of_token = ROOMY_LAYER * config.n_layer * config.n_embd + ROOMY_LOGITS * config.vocab_size
-    attention = 4 * batch * config.n_layer * config.n_head * length**2  # should scores be kept
-    return 4 * 8 * params + tokens * of_token + attention
-
-
 def candidates(args: TrainFlags, setup: Setup, node: int | None = None) -> list[Setup]:
     """What --shard may mean, in order: what was asked for; or all copies whole, and then, for
     models that do not fit, weights in shares over the ranks of a node or of the only one. `node`:
@@ -305,18 +292,10 @@ def settle(
     rows = max(1, rows_per_step // info.world_size)
     whole = replace(config, sequence_len=max(length, config.sequence_len))
     planners = [Planner(whole, each, rows) for each in candidates(args, setup)]
-    gpu = setup.device_type == "cuda"
     modes = modes_of(args)
-    most = GPU_MICRO_BATCH_TOKENS if gpu else CPU_MICRO_BATCH_TOKENS
+    most = GPU_MICRO_BATCH_TOKENS if setup.device_type == "cuda" else CPU_MICRO_BATCH_TOKENS
     limit = usable_memory(info)
     asked = args.device_batch_size if args.device_batch_size != "auto" else None
-    if not gpu:
-        batch = asked or planners[0].sizes(most, length)[-1]
-        if copies * roomy(config, batch, length) < limit:
-            args.shard = planners[0].setup.shard  # type: ignore[assignment]
-            if asked is None:
-                print0(f"micro-batch: {batch} row(s) of {length} tokens")
-            return batch, modes[0]
     for planner in planners:
         room = limit - (copies - 1) * planner.weights()
         memory = fitting(planner, args, room, most, length)
