@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +54,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     never half of one. Text is UTF-8."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process id: hosts that share a disk may use the same one at the same time.
-    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    # Not the process id: processes of several machines, or containers, may share the folder
+    tmp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(tmp, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f

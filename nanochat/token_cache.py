@@ -135,7 +135,11 @@ def write_folder(folder: Path, batches: Iterator[tuple[np.ndarray, np.ndarray]])
         )
         if open_folder(folder) is None:  # where there are no locks, another may have been faster
             shutil.rmtree(folder, ignore_errors=True)
-            tmp.rename(folder)
+            try:
+                tmp.rename(folder)
+            except OSError:  # by less than the time since we looked
+                if open_folder(folder) is None:
+                    raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 

@@ -28,8 +28,9 @@ from tests.conftest import REPO
 FLOORS = {
     "common": 0,
     **dict.fromkeys(
-        ["conversation", "download", "execution", "execution_child", "launch", "rank_log"], 0.5
+        ["conversation", "download", "execution", "execution_child", "launch", "progress"], 0.5
     ),
+    "rank_log": 0.5,
     "flags": 0.75,
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
     **dict.fromkeys(["hub", "meeting", "tokenizer_files"], 0.75),
@@ -42,7 +43,7 @@ FLOORS = {
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "tasks", "text_source"], 2),
     "lora": 2.25,
-    **dict.fromkeys(["plan", "primer", "rewards"], 2.5),
+    **dict.fromkeys(["plan", "prepare", "primer", "rewards"], 2.5),
     "trial": 2.75,
     **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
     "meter": 3,
@@ -54,7 +55,16 @@ FLOORS = {
 MAX_LINES = 450
 MAX_FUNCTION = 70
 # Imported by the functions that need them: a chat needs no data sets, a tokenizer no web server.
-HEAVY = ["datasets", "fastapi", "huggingface_hub", "matplotlib", "transformers", "uvicorn", "wandb"]
+HEAVY = [
+    "datasets",
+    "fastapi",
+    "huggingface_hub",
+    "matplotlib",
+    "ray",
+    "transformers",
+    "uvicorn",
+    "wandb",
+]
 
 
 def sources(*folders: str) -> list[Path]:
