@@ -29,7 +29,8 @@ except ImportError:  # Windows: then a killed rank is not named
 
 HEADER = "--- rank "  # begins what a process writes in its rank's file
 FAILED = "--- failed ---"  # in a file, before what a rank raised
-LIVE = "\r\x1b[2K"  # begins a line that takes the place of the one before, on a terminal
+ERASE = "\x1b[2K"  # on a terminal, before what takes the place of a line
+CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 # What gloo, NCCL and the store say when the process at the other end has ended
 LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|ncclRemoteError|remote process exited|"
@@ -47,8 +48,12 @@ class Tee:
         self.console, self.file = console, file
 
     def write(self, text: str) -> int:
-        """Writes to both; a live line is a line of its own in the file."""
-        self.file.write(text.replace(LIVE, "\n"))
+        """Writes to both: to the file without codes, and without a bar that is redrawn in its place
+        (what ends no line there)."""
+        plain = CODES.sub("", text)
+        if ERASE in text:
+            plain = plain[: plain.rfind("\n") + 1]
+        self.file.write(plain)
         return int(self.console.write(text))
 
     def flush(self) -> None:
@@ -162,7 +167,7 @@ class RankLog:
         else:
             what = "lost its connection to another rank" if lost else "failed"
             text = f"error: rank {self.rank} of {self.world_size} {what}\n{text}"
-        os.write(self.console, ((LIVE if os.isatty(self.console) else "") + text).encode())
+        os.write(self.console, ((f"\r{ERASE}" if os.isatty(self.console) else "") + text).encode())
         if dead:
             self._tell_torchrun(f"lost its connection to {ranks(dead)}", 1)
         else:
