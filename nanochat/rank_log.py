@@ -129,11 +129,17 @@ class RankLog:
             found.append(rank)
         return found
 
-    def another_failed(self) -> bool:
-        """Whether another rank that this torchrun started has said that it failed, or has ended."""
+    def another_failed(self, patience: float = 0.0) -> bool:
+        """Whether another rank that this torchrun started has said that it failed, or has ended, or
+        does so within `patience` seconds."""
         if self.claim is None:
             return False
-        return self.claim.exists() or not self.neighbours.isdisjoint(self.gone())
+        until = time.monotonic() + patience
+        while not (self.claim.exists() or not self.neighbours.isdisjoint(self.gone())):
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+        return True
 
     def _is_first(self) -> bool:
         """Whether no other rank of this node has failed before. True once at most."""
@@ -254,6 +260,6 @@ def report(error: BaseException) -> bool:
     return _log is not None
 
 
-def another_failed() -> bool:
-    """Whether another rank of this node is known to have failed."""
-    return _log is not None and _log.another_failed()
+def another_failed(patience: float = 0.0) -> bool:
+    """Whether another rank of this node is known to have failed, within so many seconds."""
+    return _log is not None and _log.another_failed(patience)
