@@ -138,7 +138,7 @@ def _group(info: DistInfo, timeout: float) -> Iterator[None]:
     except Exception as e:
         lost = lost_contact(e)
         # What a rank of this node has said, or that it was killed, is known at once
-        known = lost and rank_log.another_failed()
+        known = lost and rank_log.another_failed(rank_log.PATIENCE)
         if lost and not known and (explained := heartbeat.explain(e)) is not e:
             rank_log.report(explained)
             raise explained from e

@@ -29,7 +29,8 @@ except ImportError:  # Windows: then a killed rank is not named
 
 HEADER = "--- rank "  # begins what a process writes in its rank's file
 FAILED = "--- failed ---"  # in a file, before what a rank raised
-LIVE = "\r\x1b[2K"  # begins a line that takes the place of the one before, on a terminal
+ERASE = "\x1b[2K"  # on a terminal, before what takes the place of a line
+CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 # What gloo, NCCL and the store say when the process at the other end has ended
 LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|ncclRemoteError|remote process exited|"
@@ -47,8 +48,12 @@ class Tee:
         self.console, self.file = console, file
 
     def write(self, text: str) -> int:
-        """Writes to both; a live line is a line of its own in the file."""
-        self.file.write(text.replace(LIVE, "\n"))
+        """Writes to both: to the file without codes, and without a bar that is redrawn in its place
+        (what ends no line there)."""
+        plain = CODES.sub("", text)
+        if ERASE in text:
+            plain = plain[: plain.rfind("\n") + 1]
+        self.file.write(plain)
         return int(self.console.write(text))
 
     def flush(self) -> None:
@@ -124,11 +129,17 @@ class RankLog:
             found.append(rank)
         return found
 
-    def another_failed(self) -> bool:
-        """Whether another rank that this torchrun started has said that it failed, or has ended."""
+    def another_failed(self, patience: float = 0.0) -> bool:
+        """Whether another rank that this torchrun started has said that it failed, or has ended, or
+        does so within `patience` seconds."""
         if self.claim is None:
             return False
-        return self.claim.exists() or not self.neighbours.isdisjoint(self.gone())
+        until = time.monotonic() + patience
+        while not (self.claim.exists() or not self.neighbours.isdisjoint(self.gone())):
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+        return True
 
     def _is_first(self) -> bool:
         """Whether no other rank of this node has failed before. True once at most."""
@@ -162,7 +173,7 @@ class RankLog:
         else:
             what = "lost its connection to another rank" if lost else "failed"
             text = f"error: rank {self.rank} of {self.world_size} {what}\n{text}"
-        os.write(self.console, ((LIVE if os.isatty(self.console) else "") + text).encode())
+        os.write(self.console, ((f"\r{ERASE}" if os.isatty(self.console) else "") + text).encode())
         if dead:
             self._tell_torchrun(f"lost its connection to {ranks(dead)}", 1)
         else:
@@ -249,6 +260,6 @@ def report(error: BaseException) -> bool:
     return _log is not None
 
 
-def another_failed() -> bool:
-    """Whether another rank of this node is known to have failed."""
-    return _log is not None and _log.another_failed()
+def another_failed(patience: float = 0.0) -> bool:
+    """Whether another rank of this node is known to have failed, within so many seconds."""
+    return _log is not None and _log.another_failed(patience)
