@@ -95,7 +95,7 @@ def finetune(
     if args.val_mixture is None:
         args.val_mixture = "" if args.data else val_mixture
     device_type = "cpu" if args.preview else args.device_type  # looking at data needs no GPU
-    with distributed.session(device_type, args.seed, args.deterministic) as info:
+    with distributed.session(device_type, args.seed, args.deterministic, args.rank_timeout) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         _train(args, stage, start, info)
 

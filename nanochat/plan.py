@@ -82,9 +82,14 @@ class Memory:
     optimizer_step: dict[str, int]
 
     @property
+    def fullest(self) -> dict[str, int]:
+        """Bytes by part at the fuller of the two moments."""
+        return max(self.micro_batch, self.optimizer_step, key=lambda parts: sum(parts.values()))
+
+    @property
     def total(self) -> int:
         """Peak in bytes."""
-        return max(sum(self.micro_batch.values()), sum(self.optimizer_step.values()))
+        return sum(self.fullest.values())
 
     def table(self) -> str:
         """Rows for people, in GB (10^9 bytes)."""
@@ -264,19 +269,20 @@ def roomy(config: Config, batch: int, length: int) -> int:
     return 4 * 8 * params + tokens * of_token + attention
 
 
-def candidates(args: TrainFlags, setup: Setup) -> list[Setup]:
-    """What --shard may mean here, in order: what was asked for; or all copies whole, and then, for
-    models that do not fit, weights in shares over the ranks of a node or of the only one."""
+def candidates(args: TrainFlags, setup: Setup, node: int | None = None) -> list[Setup]:
+    """What --shard may mean, in order: what was asked for; or all copies whole, and then, for
+    models that do not fit, weights in shares over the ranks of a node or of the only one. `node`:
+    ranks of a node; None: as torchrun has it here."""
     world = setup.world_size
     if world == 1:
         return [replace(setup, shard="none")]
     wanted: list[str] = [args.shard]
     if args.shard == "auto":
-        one_node = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
-        wanted = ["zero", "fsdp" if one_node else "hsdp"]
+        here = node or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        wanted = ["zero", "fsdp" if here == world else "hsdp"]
+    asked = args.shard_size if args.shard_size > 0 else node or -1
     return [
-        replace(setup, shard=name, shard_size=shard_size(name, world, args.shard_size))
-        for name in wanted
+        replace(setup, shard=name, shard_size=shard_size(name, world, asked)) for name in wanted
     ]
 
 
@@ -300,9 +306,7 @@ def settle(
     whole = replace(config, sequence_len=max(length, config.sequence_len))
     planners = [Planner(whole, each, rows) for each in candidates(args, setup)]
     gpu = setup.device_type == "cuda"
-    modes: tuple[Mode, ...] = (
-        MODES if args.activation_checkpointing == "auto" else (args.activation_checkpointing,)
-    )
+    modes = modes_of(args)
     most = GPU_MICRO_BATCH_TOKENS if gpu else CPU_MICRO_BATCH_TOKENS
     limit = usable_memory(info)
     asked = args.device_batch_size if args.device_batch_size != "auto" else None
@@ -315,11 +319,7 @@ def settle(
             return batch, modes[0]
     for planner in planners:
         room = limit - (copies - 1) * planner.weights()
-        if asked is None:
-            memory = planner.choose(room, most, modes, length)
-        else:
-            fitting = (planner.memory(asked, mode, length) for mode in modes)
-            memory = next((m for m in fitting if m.total <= room), None)
+        memory = fitting(planner, args, room, most, length)
         if memory is not None:
             break
     else:
@@ -336,6 +336,24 @@ def settle(
         print0(f"--shard={planner.setup.shard}: {why}")
     args.shard = planner.setup.shard  # type: ignore[assignment]
     return memory.batch, memory.mode
+
+
+def modes_of(args: TrainFlags) -> tuple[Mode, ...]:
+    """What --activation_checkpointing lets be recomputed, the least first."""
+    asked = args.activation_checkpointing
+    return MODES if asked == "auto" else (asked,)
+
+
+def fitting(
+    planner: Planner, args: TrainFlags, limit: int, most_tokens: int, length: int
+) -> Memory | None:
+    """What fits into `limit` bytes with the micro-batch and recomputing that the flags ask for, or
+    leave open; None if nothing does."""
+    modes = modes_of(args)
+    if args.device_batch_size == "auto":
+        return planner.choose(limit, most_tokens, modes, length)
+    found = (planner.memory(args.device_batch_size, mode, length) for mode in modes)
+    return next((memory for memory in found if memory.total <= limit), None)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Args(flags.HorizonFlags, flags.CacheFlags):
 def main(args: Args) -> None:
     # Looking at data needs no GPU
     device_type = "cpu" if args.preview else args.device_type
-    with distributed.session(device_type, args.seed, args.deterministic) as info:
+    with distributed.session(device_type, args.seed, args.deterministic, args.rank_timeout) as info:
         train(args, info)
 
 

@@ -95,7 +95,7 @@ def main(args: Args) -> None:
         )
     # Looking at data needs no GPU
     device_type = "cpu" if args.preview else args.device_type
-    with distributed.session(device_type, args.seed, args.deterministic) as info:
+    with distributed.session(device_type, args.seed, args.deterministic, args.rank_timeout) as info:
         start = start_from(args.source, args.source_tag, args, info.device)
         train(args, start, info)
 

@@ -19,7 +19,7 @@ from nanochat.lora import LoraLinear, adapt, add_lora, has_lora, lora_optimizer,
 from nanochat.plan import Planner, Setup
 from nanochat.recompute import blocks_of, recompute
 from tests.models_for_tests import TINY, tiny_model, tokens_of
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, make_world, run_stage, torchrun
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, make_world, run_stage
 
 RANK = 2
 LORA_FLAGS = [*MID_FLAGS, "--lora_rank=4", "--lora_lr=0.01", "--source_tag=d2", "--eval_every=-1"]
@@ -172,8 +172,8 @@ def files(tag: str, step: int = 6) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_from_start_to_chat(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Resumed it is the same to the bit; on two ranks the same; loaded without any flag it is a
-    plain model; the next stage trains all of that."""
+    """Resumed it is the same to the bit; loaded without any flag it is a plain model; the next
+    stage trains all of that."""
     run_stage("mid_train", *LORA_FLAGS, "--model_tag=whole", "--save_every=3", "--keep_last=-1")
     said = capsys.readouterr().out
     whole = files("whole")
@@ -188,12 +188,6 @@ def test_a_run_from_start_to_chat(base: Path, capsys: pytest.CaptureFixture[str]
     again = files("whole")
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[name], t) for name, t in whole.items())
-
-    done = torchrun(2, "mid_train", *LORA_FLAGS, "--model_tag=ranks")
-    assert done.returncode == 0, done.stderr
-    assert losses(base, "ranks") == pytest.approx(losses(base, "whole"), rel=1e-4)
-    for name, t in files("ranks").items():
-        torch.testing.assert_close(t, whole[name], rtol=1e-2, atol=1e-4)
 
     model, tokenizer, meta = load_model("mid", "cpu", "whole")
     assert meta["args"]["lora_rank"] == 4
