@@ -11,7 +11,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import pyarrow.parquet as pq
 
 from nanochat.common import UserError
 from nanochat.dataset import find_files, iter_texts
-from nanochat.machine import machine_info, versions
 from nanochat.tokenizer import without_surrogates
 
 RESULTS = Path(__file__).with_name("results")
@@ -107,13 +105,3 @@ def median_of(runs: list[dict[str, Any]], field: str) -> float | None:
     """The median of a field over runs; None where a run does not have it."""
     values = [run.get(field) for run in runs]
     return None if None in values else statistics.median(values)  # type: ignore[type-var]
-
-
-def surroundings(load_before: float) -> dict[str, Any]:
-    """The end of each result file: when, on what, with what else going on."""
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "load_before": round(load_before, 2),  # of other work: > 0.5 makes the times doubtful
-        "machine": machine_info(),
-        "versions": versions(),
-    }

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import rustbpe
+from bench import surroundings
 from bench.bpe_common import (
     RESULTS,
     Run,
@@ -30,7 +31,6 @@ from bench.bpe_common import (
     median_of,
     python_of,
     read_texts,
-    surroundings,
     write_texts,
 )
 from nanochat import flags

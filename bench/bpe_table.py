@@ -1,36 +1,14 @@
 """
 The measured table of rustbpe/README.md, from the result files of the two BPE benchmarks.
 
-    python -m bench.bpe_table    # after bench.bpe_training and bench.bpe_encoding
-
-Nothing in the table is typed by hand; tests/test_bpe_table.py compares it with the result files.
+    python -m bench.render    # after bench.bpe_training and bench.bpe_encoding
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from bench.bpe_common import RESULTS
-from nanochat import flags
-from nanochat.common import print0
-
-README = Path(__file__).resolve().parent.parent / "rustbpe" / "README.md"
-BEGIN = "<!-- measured: made by `python -m bench.bpe_table`, do not edit -->"
-END = "<!-- end of measured -->"
 TEXTS = {"str": "a list of `str`", "array": "arrays"}
-
-
-@dataclass
-class Args:
-    """Put the recorded results into rustbpe/README.md."""
-
-
-def load(name: str) -> dict[str, Any]:
-    """A result file."""
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def find(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any] | None:
@@ -135,20 +113,3 @@ def passage(small: dict[str, Any], large: dict[str, Any], encoded: dict[str, Any
             "trained with cl100k's. Arrays are Arrow's for rustbpe, Awkward's for gigatoken.",
         ]
     )
-
-
-def rendered(readme: str) -> str:
-    """README.md with the recorded results between its markers."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    names = ("bpe_training_50mb.json", "bpe_training.json", "bpe_encoding.json")
-    return f"{before}{BEGIN}\n{passage(*map(load, names))}\n{END}{after}"
-
-
-def main(_: Args) -> None:
-    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print0(f"wrote {README}")
-
-
-if __name__ == "__main__":
-    flags.run(main, Args)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from bench import surroundings
 from nanochat import distributed, flags
 from nanochat.common import UserError, get_base_dir, print0, write_json
 from nanochat.evals.core import (
@@ -38,7 +39,6 @@ from nanochat.evals.core import (
     render_prompts,
 )
 from nanochat.evals.scoring import crop
-from nanochat.machine import machine_info, versions
 from nanochat.models import build_model, make_config
 from nanochat.precision import autocast
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -152,7 +152,7 @@ def main(args: Args) -> None:
            f"ours {total['ours_seconds']:.1f} s: {total['times']:.2f} times")  # fmt: skip
     if args.out:
         about = {"model": name, "vocab_size": config.vocab_size, "args": vars(args)}
-        write_json(args.out, {"machine": machine_info(), "versions": versions(), **about, **result})
+        write_json(args.out, {**surroundings(), **about, **result})
         print0(f"wrote {args.out}")
 
 

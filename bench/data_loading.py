@@ -31,11 +31,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from bench import surroundings
 from nanochat import flags, text_source
 from nanochat.common import print0, write_json
 from nanochat.dataloader import RowReader, StepLoader
 from nanochat.dataset import find_files, iter_texts
-from nanochat.machine import machine_info, versions
 from nanochat.packing import pack
 from nanochat.text_source import TextSource
 from nanochat.token_cache import open_folder, write_folder
@@ -231,8 +231,7 @@ def main(args: Args) -> None:
     files = find_files(args.data)
     result: dict[str, Any] = {
         "args": asdict(args) | {"data": Path(args.data).name if args.data else "base_data"},
-        "machine": machine_info(),
-        "versions": versions(),
+        **surroundings(),
         "load_before": round(os.getloadavg()[0], 2),
     }
     with tempfile.TemporaryDirectory() as name:

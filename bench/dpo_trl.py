@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bench.bpe_common import RESULTS, surroundings
+from bench import surroundings
+from bench.bpe_common import RESULTS
 from nanochat import flags
 from nanochat.common import UserError, print0, read_json, write_json
 from nanochat.distributed import DistInfo

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 import rustbpe
-from bench.bpe_common import RESULTS, Run, describe, measure, surroundings
+from bench import surroundings
+from bench.bpe_common import RESULTS, Run, describe, measure
 from nanochat import flags, gguf
 from nanochat.common import UserError, print0, write_json
 from nanochat.dataset import iter_texts, split_files

@@ -30,11 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench import surroundings
 from nanochat import flags
 from nanochat.checkpoint import FILES, LOG, list_steps, run_dir, step_dir
 from nanochat.common import read_json, read_jsonl, seed_from, write_json
 from nanochat.dataset import iter_texts, train_files
-from nanochat.machine import machine_info, versions
 from nanochat.manifest import find_damage, read_manifest
 from nanochat.primer.write import write_primer
 from nanochat.tokenizer import Tokenizer
@@ -362,8 +362,7 @@ def main(args: Args) -> None:
             for line in outcome.differences:
                 print(f"  {line}")
     result = {
-        "machine": machine_info(),
-        "versions": versions(),
+        **surroundings(),
         "seed": args.seed,
         "kills": sum(outcome.kills.total() for outcome in outcomes.values()),
         "minutes": round((time.monotonic() - started) / 60, 1),

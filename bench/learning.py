@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from bench import surroundings
 from nanochat import flags
 from nanochat.common import UserError, print0, read_jsonl, write_json
-from nanochat.machine import machine_info, versions
 
 REPO = Path(__file__).resolve().parent.parent
 RESULT = REPO / "bench" / "results" / "learning.json"
@@ -60,9 +60,7 @@ def main(args: Args) -> None:
     if not list(args.data.glob("*.parquet")):
         raise UserError(f"--data={args.data} holds no parquet shards")
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(args.base_dir)}
-    if not (args.base_dir / "tokenizer").exists():
-        run(env, "scripts.tok_train", f"--data={args.data.resolve()}", "--vocab_size=8192",
-            "--max_chars=40000000")  # fmt: skip
+    ensure_tokenizer(env, args.base_dir, args.data)
     runs = []
     for depth in args.depths.split(","):
         for seed in range(args.seeds):
@@ -75,7 +73,7 @@ def main(args: Args) -> None:
                 )
     write_json(
         args.out,
-        {"machine": machine_info(), "versions": versions(), "peer": PEER, "runs": runs,
+        {**surroundings(), "peer": PEER, "runs": runs,
          "summary": summary(runs)},
     )  # fmt: skip
     print0(f"written to {args.out}")
@@ -90,21 +88,38 @@ def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> di
         f"--data={args.data.resolve()}", "--max_seq_len=512", "--core_metric_every=-1",
         f"--target_tokens={args.tokens}", f"--eval_tokens={EVAL_TOKENS}", *args.flags.split(),
     ]  # fmt: skip
-    if not log.exists() or not any(row["event"] == "end" for _, row in read_jsonl(log)):
+    if run_record(log) is None:
         run(env, "scripts.base_train", *command)
-    rows = [row for _, row in read_jsonl(log)]
-    end = next(row for row in rows if row["event"] == "end")
-    tokens = next(row["tokens"] for row in reversed(rows) if row["event"] == "step")
-    per_step = tokens / end["step"]
     return {
         "arch": arch, "depth": depth, "seed": seed,
         "flags": [flag for flag in command if not flag.startswith("--data=")],  # no paths of ours
+        **(run_record(log) or {}),
+    }  # fmt: skip
+
+
+def ensure_tokenizer(env: dict[str, str], base_dir: Path, data: Path) -> None:
+    """The tokenizer of all these runs: 8,192 tokens from 40M characters."""
+    if not (base_dir / "tokenizer").exists():
+        run(env, "scripts.tok_train", f"--data={data.resolve()}", "--vocab_size=8192",
+            "--max_chars=40000000")  # fmt: skip
+
+
+def run_record(log: Path) -> dict[str, Any] | None:
+    """What a run's log says of it: validation bits per byte by tokens, minutes in steps, tokens a
+    second. None if it has not ended."""
+    rows = [row for _, row in read_jsonl(log)] if log.exists() else []
+    end = next((row for row in rows if row["event"] == "end"), None)
+    if end is None:
+        return None
+    tokens = next(row["tokens"] for row in reversed(rows) if row["event"] == "step")
+    evals = [r for r in rows if r["event"] == "eval" and "val_bpb" in r and r["step"] > 0]
+    return {
         "steps": end["step"],
-        "bpb": {round(r["step"] * per_step): round(r["val_bpb"], 4)
-                for r in rows if r["event"] == "eval" and "val_bpb" in r and r["step"] > 0},
+        "bpb": {round(r["step"] * tokens / end["step"]): round(r["val_bpb"], 4) for r in evals},
+        "final": evals[-1]["val_bpb"],
         "minutes": round(end["seconds"] / 60, 2),
         "tokens_per_second": round(tokens / end["seconds"]),
-    }  # fmt: skip
+    }
 
 
 def run(env: dict[str, str], module: str, *arguments: str) -> None:
@@ -119,7 +134,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     result = {}
     for name in sorted({(r["arch"], r["depth"]) for r in runs}):
         same = [r for r in runs if (r["arch"], r["depth"]) == name]
-        finals = [list(r["bpb"].values())[-1] for r in same]
+        finals = [r["final"] for r in same]
         result[f"{name[0]} d{name[1]}"] = {
             "bpb": round(mean(finals), 4),
             "bpb_stdev": round(stdev(finals), 4) if len(finals) > 1 else None,

@@ -38,7 +38,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.bpe_common import RESULTS, surroundings
+from bench import surroundings
+from bench.bpe_common import RESULTS
 from bench.lm_eval_chat import chat_disagreement, measure_chat
 from bench.lm_eval_rows import document, pairs_of, probes_of, recut, write_task
 from nanochat import flags
@@ -217,8 +218,9 @@ def compare(test: Test, theirs: dict[str, Any], model: Any, tokenizer: Any) -> d
         "other_predictions": sum(p != c for p, c, _ in answers),
         "core": {
             "rows": len(answers),
-            "ours": sum(p == g for p, _, g in answers) / len(answers),
-            "lm_eval": sum(c == g for _, c, g in answers) / len(answers),
+            # Where every row's options part within a word there is nothing to be asked
+            "ours": sum(p == g for p, _, g in answers) / max(1, len(answers)),
+            "lm_eval": sum(c == g for _, c, g in answers) / max(1, len(answers)),
         },
         "metrics": {"ours": metrics_of(test, ours), "lm_eval": theirs[test.name]["metrics"]},
     }

@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import surroundings
 from nanochat import flags
 from nanochat.common import print0, write_json
 from nanochat.distributed import pick_device_type
-from nanochat.machine import machine_info, versions
 from nanochat.models.layers import lm_logits
 from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
 
@@ -176,8 +176,7 @@ def main(args: Args) -> None:
     if args.out:
         shape = {name: getattr(args, name) for name in ("rows", "width", "vocab_size", "compiled")}
         result = {
-            "machine": machine_info(),
-            "versions": versions(),
+            **surroundings(),
             "device": device,
             "threads": torch.get_num_threads(),
             **shape,

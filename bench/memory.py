@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench import surroundings
 from nanochat import distributed, flags
 from nanochat.common import write_json
 from nanochat.flags import TrainFlags
-from nanochat.machine import machine_info, versions
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.plan import MODES, Planner, setup_of
@@ -95,7 +95,7 @@ def compare(args: Args, info: distributed.DistInfo) -> list[dict[str, Any]]:
     vocab_size, length, batches = (65_536, 2048, (2, 8)) if cuda else (8192, 256, (1, 4))
     setup = setup_of(info, compiling(args, info))
     rows = []
-    for arch in ("gpt", "qwen2.5"):
+    for arch in ("gpt", "qwen2.5", "turbo"):
         config, _ = make_config(arch, depth, vocab_size, length)
         for batch in batches:
             for mode in MODES:
@@ -136,8 +136,7 @@ def main(args: Args) -> None:
     print(f"estimate / measured: {min(ratios)} to {max(ratios)}")
     if args.out:
         result = {
-            "machine": machine_info(),
-            "versions": versions(),
+            **surroundings(),
             "device": setup.device_type,
             "bf16": setup.bf16,
             "compiled": setup.compiled,

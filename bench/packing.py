@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench import surroundings
 from nanochat import flags
 from nanochat.common import print0, seed_from, write_json
 from nanochat.dataset import iter_texts, split_files
 from nanochat.evals.bpb import evaluate_bpb
-from nanochat.machine import machine_info, versions
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.packing import PACK_BUFFER, Documents, Piece, Plan, pack, show_rows
@@ -195,7 +195,7 @@ def train(
         optimizer.step(lr_multiplier(step, args.num_steps, 20, 0.4), muon_momentum(step), 1.0)
         optimizer.zero_grad()
     return {
-        name: round(evaluate_bpb(model, batches, tokenizer.token_bytes), 5)
+        name: round(evaluate_bpb(model, batches, tokenizer.token_bytes).bpb, 5)
         for name, batches in sets.items()
     }
 
@@ -225,8 +225,7 @@ def main(args: Args) -> None:
                 ("short documents", plenty, row_len),
             )
         },
-        "machine": machine_info(),
-        "versions": versions(),
+        **surroundings(),
         "load_before": round(os.getloadavg()[0], 2),
         "runs": [],
     }

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import surroundings
 from nanochat import flags
 from nanochat.checkpoint import LOG, STAGE_FOLDERS
 from nanochat.common import UserError, print0, read_jsonl, write_json
-from nanochat.machine import machine_info, versions
 
 REPO = Path(__file__).resolve().parent.parent
 RESULT = REPO / "bench" / "results" / "real_data.json"
@@ -92,7 +92,7 @@ def main(args: Args) -> None:
         rows = [row for _, row in read_jsonl(base_dir / STAGE_FOLDERS["base"] / "d4" / LOG)]
         bpb = {row["step"]: round(row["val_bpb"], 4) for row in rows if "val_bpb" in row}
     print0(f"validation bits per byte by step: {bpb}")
-    result = {"machine": machine_info(), "versions": versions(), "val_bpb": bpb, "runs": runs}
+    result = {**surroundings(), "val_bpb": bpb, "runs": runs}
     write_json(RESULT, result)
 
 

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.bpe_common import RESULTS, surroundings
+from bench import surroundings
+from bench.bpe_common import RESULTS
 from bench.rl_trl import ask_trl, problems, random_model, rows_of, tiny_tokenizer
 from nanochat import flags
 from nanochat.common import print0, write_json

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from bench.bpe_common import RESULTS, surroundings
+from bench import surroundings
+from bench.bpe_common import RESULTS
 from nanochat import flags
 from nanochat.common import UserError, print0, read_json, write_json
 from nanochat.dataloader import IGNORE

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from bench import surroundings
 from nanochat import distributed, flags
 from nanochat.checkpoint import FILES, load_weights, step_dir
 from nanochat.common import write_json
-from nanochat.machine import machine_info, versions
 from nanochat.manifest import find_damage
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
@@ -75,8 +75,7 @@ def measure(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
         copy.append(seconds_of(lambda: [t.detach().to("cpu", copy=True) for t in tensors]))
     folder = step_dir("base", tag, ROUNDS)
     return {
-        "machine": machine_info(),
-        "versions": versions(),
+        **surroundings(),
         "device": info.device.type,
         "parameters": sum(p.numel() for p in like.values()),
         "checkpoint_gb": round(sum((folder / name).stat().st_size for name in FILES) / 1e9, 2),

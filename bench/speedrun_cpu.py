@@ -1,8 +1,8 @@
 """
 The CPU speedrun as a user runs it: how long it takes and how well the model does afterwards.
 
-    python -m bench.speedrun_cpu             # runs it in a fresh folder, writes the result, renders
-    python -m bench.speedrun_cpu --render    # only puts the result into README.md
+    python -m bench.speedrun_cpu             # runs it in a fresh folder
+    python -m bench.render                   # puts the result into README.md
 
 The result holds the seconds of every stage, the accuracy of every task after every stage, word
 problems before and after RL, and what chat_cli answers.
@@ -10,7 +10,6 @@ problems before and after RL, and what chat_cli answers.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,8 +25,6 @@ from nanochat.common import read_jsonl, write_json
 
 REPO = Path(__file__).resolve().parent.parent
 RESULT = REPO / "bench" / "results" / "speedrun_cpu.json"
-BEGIN = "<!-- speedrun table: made by `python -m bench.speedrun_cpu --render`, do not edit -->"
-END = "<!-- end of speedrun table -->"
 STAGES = ("base", "mid", "sft", "rl")
 QUESTION = "What is 27 + 15?"
 
@@ -36,8 +33,6 @@ QUESTION = "What is 27 + 15?"
 class Args:
     """Measure the CPU speedrun."""
 
-    render: bool = False
-    """Only put the recorded result into README.md."""
     base_dir: str = ""
     """Collect from this finished run instead of running."""
 
@@ -58,7 +53,8 @@ def collect(base_dir: Path, wall_seconds: float | None) -> dict[str, Any]:
         seconds[stage] = 0.0  # with evaluations and saves; pretraining has two parts
         for path in (base_dir / STAGE_FOLDERS[stage]).glob(f"*/{LOG}"):
             rows = [row for _, row in read_jsonl(path)]
-            about = {"machine": rows[0]["machine"], "versions": rows[0]["versions"]}
+            about = {key: rows[0][key] for key in ("machine", "versions")}
+            about["date"] = time.strftime("%Y-%m-%d", time.gmtime(rows[0]["time"]))
             seconds[stage] += rows[-1]["time"] - rows[0]["time"]
             pass1 += [row["pass1"] for row in rows if "pass1" in row]
     evals: dict[str, Any] = {}
@@ -118,25 +114,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render() -> None:
-    """Puts the recorded result between the markers in README.md."""
-    readme = REPO / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}", encoding="utf-8")
-
-
 def main(args: Args) -> None:
-    if not args.render:
-        if args.base_dir:
-            result = collect(Path(args.base_dir), None)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                result = collect(Path(folder), run(Path(folder)))
-        write_json(RESULT, result)
-    render()
+    if args.base_dir:
+        result = collect(Path(args.base_dir), None)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            result = collect(Path(folder), run(Path(folder)))
+    write_json(RESULT, result)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from bench import surroundings
 from bench.train_speed_worker import PARTS, make_ids
 from nanochat import flags
 from nanochat.common import UserError, print0, write_json
 from nanochat.distributed import pick_device_type
-from nanochat.machine import machine_info, versions
 from nanochat.models import ARCHITECTURES, SIZES, GPTConfig
 from nanochat.plan import CPU_MICRO_BATCH_TOKENS
 from nanochat.schedule import grad_accum_steps
@@ -394,7 +394,7 @@ def main(args: Args) -> None:
     del asked["out"]
     write_json(
         args.out,
-        {"machine": machine_info(), "versions": versions(), "asked": asked, "table": rows},
+        {**surroundings(), "asked": asked, "table": rows},
     )
     print0(f"written to {args.out}")
 

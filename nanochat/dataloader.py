@@ -307,14 +307,13 @@ class RowReader:
 
 @dataclass
 class MicroBatch:
-    """One forward and backward pass: (B, T) token ids and targets; optionally loss weights.
+    """One forward and backward pass: (B, T) token ids and targets.
 
     A step's loss is the sum of loss() over all its micro-batches, divided by the sum of count();
     for another loss a stage has a subclass (dpo.py)."""
 
     idx: Tensor
     targets: Tensor
-    weights: Tensor | None = None  # (B, T) float32, multiplies each token's loss
 
     def count(self) -> Tensor:
         """(): what the loss is divided by, in whole numbers: trained tokens."""
@@ -322,9 +321,7 @@ class MicroBatch:
 
     def loss(self, forward: Callable[..., Tensor]) -> Tensor:
         """(): the summed loss. `forward` is that of a model."""
-        if self.weights is None:
-            return forward(self.idx, self.targets, reduction="sum")
-        return (forward(self.idx, self.targets, reduction="none") * self.weights).sum()
+        return forward(self.idx, self.targets, reduction="sum")
 
 
 class HostBuffer:

@@ -9,7 +9,7 @@ place: bfloat16 autocast, attention that keeps no scores, the two reads that nee
 
 Compiled models are followed with a simple rule instead of the compiler, which takes a minute: what
 a pointwise operation makes is fused into its readers. It takes memory only when a matrix product or
-attention reads it, and is never kept for the backward pass, but made again. Floor 1.
+attention reads it, and is never kept for the backward pass, but made again. Floor 1.5.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from nanochat.models.loss import SUM_CHUNK_BYTES
 
 aten = torch.ops.aten
 
@@ -295,6 +298,9 @@ class TrainingTrace:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self.on_cuda:
                 stack.enter_context(_IsCuda())
+            # The loss takes as many positions at a time as suit the device that is traced
+            there = SUM_CHUNK_BYTES["cuda" if self.on_cuda else "cpu"]
+            stack.enter_context(patch.dict(SUM_CHUNK_BYTES, meta=there))
             stack.enter_context(self.trace)
             yield stack.enter_context(_StandIns(self.trace, self.bf16))
 

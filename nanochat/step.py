@@ -88,12 +88,10 @@ class TrainStep:
         """Step `number` over this rank's micro-batches, which may be none. All ranks must call it.
 
         The loss is the sum over trained tokens divided by their number in the whole step, on all
-        ranks: how the batch is cut into micro-batches does not matter. With weights, each token's
-        loss is multiplied by its own before the sum; a batch of another kind (DPO's pairs) counts
-        what it says. A step without a trained token changes
-        nothing. `rates`: the learning rate's multiplier, Muon's momentum and the weight decay's
-        multiplier. `stopping`: this rank would like to stop; stop_agreed says so to
-        all."""
+        ranks: how the batch is cut into micro-batches does not matter. A batch of another kind
+        (DPO's pairs) counts what it says. A step without a trained token changes nothing.
+        `rates`: the learning rate's multiplier, Muon's momentum and the weight decay's multiplier.
+        `stopping`: this rank would like to stop; stop_agreed says so to all."""
         lr_mul, momentum, decay_mul = rates
         # What the host must know of the whole step is summed over the ranks first, and read when
         # the passes are queued: by then it is there, and the device does not run dry.

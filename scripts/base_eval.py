@@ -119,8 +119,12 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
                 info.device,
             )  # fmt: skip
             with autocast(info.device, args.dtype):
-                row[f"{split}_bpb"] = evaluate_bpb(model, batches, tokenizer.token_bytes)
-            print0(f"{split} bits per byte: {row[f'{split}_bpb']:.4f}")
+                found = evaluate_bpb(model, batches, tokenizer.token_bytes)
+            row |= {f"{split}_{key}": value for key, value in found._asdict().items()}
+            print0(
+                f"{split} bits per byte: {found.bpb:.4f} +- {found.stderr:.4f} "
+                f"({found.num_bytes:,} bytes)"
+            )
 
     if bundle is not None:
         items_dir = get_base_dir() / "report" / "base_eval" / run_name

@@ -178,7 +178,8 @@ def train(args: Args, info: distributed.DistInfo) -> None:
             )  # fmt: skip
             batches = trainer.until_stopping(batches)
             with trainer.autocast():
-                trainer.record(val_bpb=evaluate_bpb(model, batches, tokenizer.token_bytes))
+                measured = evaluate_bpb(model, batches, tokenizer.token_bytes)
+            trainer.record(val_bpb=measured.bpb)
         if args.core_metric_every > 0 and trainer.is_due(args.core_metric_every):
             with trainer.autocast():
                 core = evaluate_core(

@@ -34,6 +34,15 @@ def test_the_estimate_is_what_the_allocator_says(arch: str, mode: Mode, batch: i
     assert abs(estimate / measured - 1) < 0.1, (estimate, measured)
 
 
+def test_the_loss_takes_as_many_positions_at_a_time_as_on_the_device() -> None:
+    """1,024 positions of a vocabulary of 8,192 are eight chunks on a CPU, and one on a GPU."""
+    config = GPTConfig(256, 8192, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+    cpu = Planner(config, CPU, rows=8).memory(4).total
+    measured = measured_peak(config, 4, 256)
+    assert abs(cpu / measured - 1) < 0.1, (cpu, measured)
+    assert Planner(config, Setup("cuda", False, False), rows=8).memory(4).total > 1.5 * cpu
+
+
 def test_a_step_of_one_micro_batch_has_no_gradients_when_it_begins() -> None:
     config = SMALL["gpt"]
     estimates = [Planner(config, CPU, rows).memory(6).total for rows in (6, 12)]

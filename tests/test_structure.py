@@ -35,8 +35,8 @@ FLOORS = {
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
     "shards": 0.9,
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
-    **dict.fromkeys(["compiling", "fp8", "int8", "kv_cache", "memory_trace", "recompute"], 1),
-    **dict.fromkeys(["precision", "static_step"], 1.5),
+    **dict.fromkeys(["compiling", "fp8", "int8", "kv_cache", "recompute"], 1),
+    **dict.fromkeys(["memory_trace", "precision", "static_step"], 1.5),
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
     **dict.fromkeys(["dataloader", "optim", "reply", "sampling", "tasks", "text_source"], 2),
     **dict.fromkeys(["serving", "tools"], 2),
@@ -306,9 +306,10 @@ def commands_in_shell(text: str) -> Iterator[list[str]]:
 
 def commands_in_markdown(text: str) -> Iterator[list[str]]:
     """The same for fenced blocks and for `python -m ...` within a sentence or table."""
-    fence = re.compile(r"^```\w*\n(.*?)^```", re.M | re.S)
-    for block in fence.findall(text):
-        yield from commands_in_shell(block)
+    fence = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
+    for language, block in fence.findall(text):
+        if language in ("", "bash", "sh"):
+            yield from commands_in_shell(block)
     for span in re.findall(r"`((?:python|torchrun) [^`\n]+)`", fence.sub("", text)):
         yield from commands_in_shell(span)
 
@@ -361,6 +362,7 @@ def test_commands_are_found_where_they_are() -> None:
         ["scripts.c", "--", "-n", "1", "--run=r1"],
     ]
     markdown = "Use `python -m scripts.a -b` or `scripts.a`.\n```bash\npython -m scripts.b\n```\n"
+    markdown += "```python\n>>> from scripts.c import d\n```\n"
     assert list(commands_in_markdown(markdown)) == [["scripts.b"], ["scripts.a", "-b"]]
     shell = [p for p in documents() if p.name == "speedrun.sh"]
     for path in [REPO / "README.md", *shell]:

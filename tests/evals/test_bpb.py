@@ -50,15 +50,17 @@ BYTES = np.array([1, 2, 3, 0], dtype=np.int32)
 
 def test_against_a_count_by_hand() -> None:
     # a bb ccc a: 8 nats over 7 bytes
-    bpb = evaluate_bpb(Table(NATS), [batch([0, 1], [2, 0])], BYTES)
+    bpb = evaluate_bpb(Table(NATS), [batch([0, 1], [2, 0])], BYTES).bpb
     assert bpb == pytest.approx(8 / 7 / math.log(2), rel=1e-6)
 
 
 def test_special_and_ignored_tokens_count_neither_as_loss_nor_as_bytes() -> None:
-    plain = evaluate_bpb(Table(NATS), [batch([0, 1])], BYTES)
-    assert evaluate_bpb(Table(NATS), [batch([0, 3, 1, -1, 3])], BYTES) == pytest.approx(plain)
+    plain = evaluate_bpb(Table(NATS), [batch([0, 1])], BYTES).bpb
+    assert evaluate_bpb(Table(NATS), [batch([0, 3, 1, -1, 3])], BYTES).bpb == pytest.approx(plain)
     # A batch of nothing else does no harm beside others.
-    assert evaluate_bpb(Table(NATS), [batch([3, -1]), batch([0, 1])], BYTES) == pytest.approx(plain)
+    assert evaluate_bpb(Table(NATS), [batch([3, -1]), batch([0, 1])], BYTES).bpb == pytest.approx(
+        plain
+    )
 
 
 @pytest.mark.parametrize("batches", [[], [batch([3, 3])], [batch([-1, -1])]])
@@ -70,7 +72,24 @@ def test_no_bytes_is_an_error_not_infinity(batches: Batches) -> None:
 def test_bits_are_weighted_by_token_not_averaged_by_batch() -> None:
     uneven = [batch([0, 0, 0, 0]), batch([2, -1, -1, -1])]
     expected = (4 * 1.0 + 4.0) / (4 * 1 + 3) / math.log(2)
-    assert evaluate_bpb(Table(NATS), uneven, BYTES) == pytest.approx(expected, rel=1e-6)
+    assert evaluate_bpb(Table(NATS), uneven, BYTES).bpb == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_standard_error_is_that_of_a_ratio_over_rows() -> None:
+    """Against the spread that is seen when samples of rows are drawn again and again."""
+    rng = np.random.default_rng(0)
+    nats = [float(x) for x in rng.gamma(2.0, size=50)]
+    sizes = rng.integers(1, 6, 50).astype(np.int32)
+
+    def measured() -> Any:
+        rows = rng.integers(0, 50, (200, 4)).tolist()
+        return evaluate_bpb(Table(nats), [batch(*rows)], sizes)
+
+    found = [measured() for _ in range(300)]
+    spread = np.std([one.bpb for one in found], ddof=1)
+    assert np.mean([one.stderr for one in found]) == pytest.approx(spread, rel=0.15)
+    one = evaluate_bpb(Table(NATS), [batch([0, 1])], BYTES)
+    assert math.isnan(one.stderr) and one.num_bytes == 3, "one row has no spread"
 
 
 def test_many_batches_are_summed_in_double_precision() -> None:
@@ -80,7 +99,7 @@ def test_many_batches_are_summed_in_double_precision() -> None:
             return super().forward(idx, targets, reduction) * float(2**24 if first.pop() else 1)
 
     first = [False] * 1000 + [True]
-    bpb = evaluate_bpb(Large(NATS), (batch([0]) for _ in range(1001)), BYTES)
+    bpb = evaluate_bpb(Large(NATS), (batch([0]) for _ in range(1001)), BYTES).bpb
     assert bpb * math.log(2) * 1001 == 2**24 + 1000
 
 
@@ -132,7 +151,7 @@ def test_against_the_logits_and_the_bytes_of_the_text(world: Any) -> None:
                 num_bytes += len(tokenizer.decode_bytes([target]))
     expected = nats / math.log(2) / num_bytes
     assert expected > 1
-    bpb = evaluate_bpb(model, batches_of(source, 4), tokenizer.token_bytes)
+    bpb = evaluate_bpb(model, batches_of(source, 4), tokenizer.token_bytes).bpb
     assert bpb == pytest.approx(expected, rel=1e-5)
 
 
@@ -140,13 +159,13 @@ def test_the_same_at_any_batch_size_and_over_ranks(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer, source = world
-    whole = evaluate_bpb(model, batches_of(source, 20), tokenizer.token_bytes)
+    whole = evaluate_bpb(model, batches_of(source, 20), tokenizer.token_bytes).bpb
     for size in (1, 3, 7):
-        bpb = evaluate_bpb(model, batches_of(source, size), tokenizer.token_bytes)
+        bpb = evaluate_bpb(model, batches_of(source, size), tokenizer.token_bytes).bpb
         assert bpb == pytest.approx(whole, rel=1e-6)
 
     # Three ranks, one after the other: sums come first, the division last.
-    sums = np.zeros(2)
+    sums = np.zeros(6)
 
     def add_up(*values: float, device: Any) -> list[float]:
         nonlocal sums
@@ -155,7 +174,7 @@ def test_the_same_at_any_batch_size_and_over_ranks(
 
     monkeypatch.setattr("nanochat.evals.bpb.sum_over_ranks", add_up)
     for rank in range(3):
-        bpb = evaluate_bpb(model, batches_of(source, 2, rank, 3), tokenizer.token_bytes)
+        bpb = evaluate_bpb(model, batches_of(source, 2, rank, 3), tokenizer.token_bytes).bpb
     assert bpb == pytest.approx(whole, rel=1e-6)
 
 

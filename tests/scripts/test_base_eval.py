@@ -11,6 +11,7 @@ import pytest
 from nanochat import flags
 from nanochat.common import UserError, read_jsonl
 from nanochat.evals import bundle
+from nanochat.evals.bpb import BitsPerByte
 from scripts import base_eval
 from scripts.base_eval import PROMPTS, Args
 from tests.evals.test_core import write_bundle
@@ -60,7 +61,9 @@ def test_only_what_is_asked_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run(*FLAGS, "--eval=bpb")  # needs no bundle
     run(*FLAGS, "--eval=sample")
     first, second = rows_of(base)
-    assert set(first) == {"source", "model_tag", "step", "train_bpb", "val_bpb"}
+    measured = {f"{split}_{key}" for split in ("train", "val") for key in BitsPerByte._fields}
+    assert set(first) == {"source", "model_tag", "step", *measured}
+    assert 0 < first["val_stderr"] < first["val_bpb"] and first["val_num_bytes"] > 100
     assert set(second) == {"source", "model_tag", "step", "samples"}
 
 

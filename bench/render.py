@@ -1,0 +1,225 @@
+"""
+Every measured passage of our documents, from the result files: no number is typed by hand.
+
+    python -m bench.render
+
+A passage stands between two marks that name it; tests/test_render.py holds that each is what the
+result files say, so a new result is not committed without its page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import bpe_table, learning_trials, speedrun_cpu
+from nanochat import flags
+from nanochat.common import UserError, atomic_write, print0, read_json
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "bench" / "results"
+Result = dict[str, Any]
+
+
+@dataclass
+class Args:
+    """Put the recorded results into README.md and the other pages that show them."""
+
+
+def load(name: str) -> Result:
+    """A result file; UserError with the command that makes it if it is not there."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: `python -m bench.{name}` measures it")
+    return read_json(path)
+
+
+# -------------------------------------------------------------------------------------------------
+# The README's table of performance: (what, ours, beside, times)
+
+Row = tuple[str, str, str, str]
+
+
+def times(value: float) -> str:
+    return f"{value:.3g}×"
+
+
+def bpe_training(result: Result) -> Row:
+    ours = find(result["trainers"], package="rustbpe", texts="str")
+    peer = next(r for r in result["trainers"] if r["package"].startswith("rustbpe 0.1.0"))
+    return (
+        f"BPE training, {result['corpus']['mb']:.0f} MB, {result['vocab_size']:,} tokens",
+        f"{ours['seconds']:.1f} s", f"{peer['seconds']:.1f} s, rustbpe 0.1.0",
+        times(peer["seconds"] / ours["seconds"]),
+    )  # fmt: skip
+
+
+def bpe_encoding(result: Result) -> Row:
+    ours = find(
+        result["encoders"], package="rustbpe", texts="str", pattern="ours",
+        threads=result["threads"],
+    )  # fmt: skip
+    peer = find(result["encoders"], package="tiktoken", pattern="ours", threads=1)
+    return (
+        f"BPE encoding, {result['corpus']['mb']:.0f} MB", f"{ours['mb_per_s']:.0f} MB/s",
+        f"{peer['mb_per_s']:.1f} MB/s, one thread of tiktoken",
+        times(ours["times_one_tiktoken_thread"]),
+    )  # fmt: skip
+
+
+def train_speed(result: Result) -> Row:
+    rows = {row["name"]: row for row in result["table"]}
+    peer = next(row for name, row in rows.items() if name.startswith("peer"))
+    ours = rows["turbo-d4 compiled"]
+    return (
+        "training d4, T 512, vocabulary 8,192", f"{ours['tokens_per_second']:,} tokens/s",
+        f"{peer['tokens_per_second']:,} tokens/s, karpathy/nanochat's model",
+        times(ours["times_the_peer"][peer["name"]]),
+    )  # fmt: skip
+
+
+def learning(result: Result) -> Row:
+    tokens, peer = list(result["peer"].items())[-1]
+    ours = result["summary"]["turbo d4"]
+    return (
+        f"learning: bits per byte after {int(tokens) / 1e6:.2f}M tokens, d4", f"{ours['bpb']:.3f}",
+        f"{peer:.3f}, karpathy/nanochat's model", "",
+    )  # fmt: skip
+
+
+def core_speed(result: Result) -> Row:
+    total = result["total"]
+    return (
+        f"CORE, {total['items']} items, d4", f"{total['ours_seconds']:.0f} s",
+        f"{total['loop_seconds']:.0f} s, one item at a time", times(total["times"]),
+    )  # fmt: skip
+
+
+def rl_speed(result: Result) -> Row:
+    ours, peer = result["tokens_per_second"]["ours"], result["tokens_per_second"]["trl"]
+    return (
+        "reinforcement learning, tokens sampled and trained a second",
+        f"{ours['sampled']:,.0f}, {ours['trained']:,.0f}",
+        f"{peer['sampled']:,.0f}, {peer['trained']:,.0f}, TRL {result['peer_versions']['trl']}",
+        ", ".join(times(result["ours_over_trl"][k]) for k in ("sampled", "trained")),
+    )  # fmt: skip
+
+
+def memory(result: Result) -> Row:
+    return (
+        f"memory of a step, estimated over measured, {len(result['rows'])} cases",
+        f"{min(r['ratio'] for r in result['rows']):.2f} to "
+        f"{max(r['ratio'] for r in result['rows']):.2f}", "", "",
+    )  # fmt: skip
+
+
+def kill_resume(result: Result) -> Row:
+    different = sum(len(stage["differences"]) for stage in result["stages"].values())
+    return (
+        "runs killed anywhere and resumed", f"{result['kills']} kills, {different} differences",
+        "", "",
+    )  # fmt: skip
+
+
+def lm_eval(result: Result) -> Row:
+    return (
+        f"CORE's log-likelihoods beside lm-eval's, {result['loglikelihoods']:,} of them",
+        f"largest difference {result['max_diff']:.0e}",
+        f"{len(result['disagreements'])} predictions differ", "",
+    )  # fmt: skip
+
+
+PERFORMANCE: list[tuple[str, Callable[[Result], Row]]] = [
+    ("bpe_training", bpe_training),
+    ("bpe_encoding", bpe_encoding),
+    ("train_speed", train_speed),
+    ("learning", learning),
+    ("core_speed", core_speed),
+    ("rl_speed", rl_speed),
+    ("memory", memory),
+    ("kill_resume", kill_resume),
+    ("lm_eval", lm_eval),
+]
+
+
+def performance(load: Callable[[str], Result] = load) -> str:
+    """The table, and on which machines and when its rows were measured."""
+    lines = ["| | ours | beside it | | machine, date |", "|---|---|---|---|---|"]
+    for name, row_of in PERFORMANCE:
+        result = load(name)
+        lines.append(f"| {' | '.join(row_of(result))} | {machine(result)}, {result['date']} |")
+    return "\n".join(lines)
+
+
+def machine(result: Result) -> str:
+    """The machine of a result in few words."""
+    info = result["machine"]
+    gpus = info.get("gpus") or []
+    if gpus:
+        return f"{len(gpus)} × {gpus[0]}"
+    cores = f"{info['cores']} core{'s' if info['cores'] > 1 else ''}"
+    return f"{cores}, {info.get('cpu', 'a CPU').replace('(R)', '').replace(' Processor', '')}"
+
+
+def find(rows: list[Result], **fields: Any) -> Result:
+    """The row with these fields."""
+    row = bpe_table.find(rows, **fields)
+    if row is None:
+        raise UserError(f"no row with {fields} was measured")
+    return row
+
+
+# -------------------------------------------------------------------------------------------------
+# Pages
+
+
+def speedrun() -> str:
+    return speedrun_cpu.table(load("speedrun_cpu"))
+
+
+def bpe() -> str:
+    return bpe_table.passage(*map(load, ("bpe_training_50mb", "bpe_training", "bpe_encoding")))
+
+
+def trials() -> str:
+    return learning_trials.table(load("learning_trials"))
+
+
+# (page, name of the passage) -> what stands there
+PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "speedrun"): speedrun,
+    ("README.md", "performance"): performance,
+    ("rustbpe/README.md", "BPE"): bpe,
+}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Where a passage begins and ends."""
+    return (
+        f"<!-- {name}: made by `python -m bench.render`, do not edit -->",
+        f"<!-- end of {name} -->",
+    )
+
+
+def rendered(page: str, name: str, text: str) -> str:
+    """The page's text with the passage as the results have it."""
+    begin, end = marks(name)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{page} must have once each: {begin} and {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{PASSAGES[page, name]()}\n{end}{rest.split(end)[1]}"
+
+
+def main(_: Args) -> None:
+    for page, name in PASSAGES:
+        path = REPO / page
+        text = rendered(page, name, path.read_text(encoding="utf-8"))
+        with atomic_write(path, "w") as file:
+            file.write(text)
+        print0(f"{page}: {name}")
+
+
+if __name__ == "__main__":
+    flags.run(main, Args)
