@@ -221,7 +221,8 @@ def test_who_does_not_read_is_not_waited_for() -> None:
             open_ones = list(served.server.server_state.connections)
             return next((one for one in open_ones if one.client == ours), None)
 
-        wait_until(lambda: mine().flow.write_paused)
+        wait_until(lambda: mine() is not None)
+        wait_until(lambda: mine() is None or mine().flow.write_paused)
         wait_until(lambda: served.health()["running"] == 0)  # the rows are free again
         wait_until(lambda: mine() is None)  # and the connection
         connection.close()
