@@ -17,6 +17,8 @@ from typing import Any
 from bench import bpe_table, learning_trials, speedrun_cpu
 from nanochat import flags
 from nanochat.common import UserError, atomic_write, print0, read_json
+from nanochat.dataset import PrepareArgs
+from nanochat.prepare import estimate
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "bench" / "results"
@@ -187,11 +189,17 @@ def trials() -> str:
     return learning_trials.table(load("learning_trials"))
 
 
+def prepare() -> str:
+    flags = PrepareArgs()
+    return f"```\n{estimate(flags.cores, flags.core_hour_price)}\n```"
+
+
 # (page, name of the passage) -> what stands there
 PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "speedrun"): speedrun,
     ("README.md", "performance"): performance,
     ("rustbpe/README.md", "BPE"): bpe,
+    ("docs/03-data.md", "prepare"): prepare,
 }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanochat.common import UserError, print0, seed_from
 from nanochat.packing import Documents, Plan, pack, show_rows
+from nanochat.progress import track
 from nanochat.threads import in_thread
 
 IGNORE = -1  # target that carries no loss
@@ -439,6 +440,6 @@ def eval_batches(
     if num_rows == 0:
         raise UserError(f"validation: {TOO_LITTLE.format(reader.row_len)} by --val_data")
     mine = np.arange(rank, num_rows, world_size)
-    for at in range(0, len(mine), batch_size):
+    for at in track(range(0, len(mine), batch_size), "validation", "batches"):
         x, y = map(np.ascontiguousarray, reader.read_rows(mine[at : at + batch_size]))
         yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)

@@ -4,6 +4,7 @@ Pretraining text: which files there are, which one is validation, and reading th
     python -m nanochat.dataset -n 8          # the first 8 shards and the validation shard
     python -m nanochat.dataset -n -1 -w 8    # all 1,823, eight at a time
     python -m nanochat.dataset -n 8 --repo=me/my-shards
+    python -m nanochat.dataset prepare --shard_range=0:29   # ... and tokenize them: see prepare.py
 
 The default is karpathy/fineweb-edu-100b-shuffle: parquet shards of one string column `text`, about
 250M characters each, whose last shard (shard_01822) is always validation. Own data is a file, a
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -21,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
+
 from nanochat import flags
-from nanochat.common import UserError, get_base_dir, print0, read_jsonl, write_json
-from nanochat.download import Patience
+from nanochat.common import UserError, get_base_dir, is_rank0, print0, read_jsonl, write_json
+from nanochat.download import Patience, Remote
 from nanochat.hub import Hub, fetch_files
 from nanochat.shards import (
     DEFAULT_REPO,
@@ -152,7 +156,8 @@ def _pinned_val(data: str | None, files: list[Path]) -> tuple[Path, bool]:
     if key not in pins:
         first_choice = _last_held_out(files)
         pins[key] = {"file": names[files.index(first_choice)], "by_hash": len(files) == 1}
-        write_json(pins_path(), pins)
+        if is_rank0():  # the others come to the same choice; their host may not even write here
+            write_json(pins_path(), pins)
     pin = pins[key]
     if pin["file"] not in names:
         mend = f"Put it back, or name another by --val_data (the pin is in {pins_path()})"
@@ -307,9 +312,40 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Download
+# The command
 
 
+@dataclass
+class PrepareArgs:
+    """Tokenize shards into the cache that training reads, downloading those that are missing. Any
+    number of tasks may run at a time, on parts or on the same; run it again to finish."""
+
+    shard_range: str = ":"
+    """FROM:TO of the shards, counted from 0 as training does, the validation shard last; TO is not
+    included, and either may be left out."""
+    data: str | None = None
+    """Own text: a file, folder or glob; default: base_data/, and what is to be downloaded to it."""
+    val_data: str | None = None
+    """Validation file; default: as scripts.base_train chooses it."""
+    tokenizer: str | None = None
+    """Tokenizer, as for scripts.base_train; default: the one that scripts.tok_train made."""
+    token_cache_dir: str | None = None
+    """Folder of tokenized shards; default: $NANOCHAT_BASE_DIR/token_cache."""
+    executor: Literal["local", "ray"] = "local"
+    """What runs the tasks: processes of this machine, or a Ray cluster that shares its folders."""
+    workers: int = -1
+    """Processes of --executor=local; -1: one for each core."""
+    ray_address: str | None = None
+    """Cluster of --executor=ray; default: $RAY_ADDRESS or a running one, else one is started."""
+    estimate: bool = False
+    """Say how long all of it takes and what it costs, from the measured speed, and stop."""
+    cores: int = 64
+    """Cores to reckon with in --estimate."""
+    core_hour_price: float = 0.05
+    """Dollars for an hour of one core, in --estimate; what you pay may be another price."""
+
+
+@tyro.conf.configure(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 @dataclass
 class Args:
     """Download pretraining shards into $NANOCHAT_BASE_DIR/base_data/. Run it again to finish."""
@@ -324,6 +360,12 @@ class Args:
     """Failures in a row that bring nothing new, after which a file is given up."""
     timeout: float = Patience.timeout
     """Seconds of silence that count as a failure."""
+    command: Annotated[
+        Annotated[PrepareArgs, tyro.conf.subcommand("prepare")]
+        | Annotated[None, tyro.conf.subcommand("download")],
+        tyro.conf.arg(name=""),
+    ] = None
+    """What to do; prepare takes the flags above, too."""
 
 
 def main(args: Args) -> None:
@@ -331,11 +373,21 @@ def main(args: Args) -> None:
         raise UserError(f"-n {args.num_files}: use a positive number of shards, or -1 for all")
     if args.num_workers < 1 or args.tries < 1:
         raise UserError("-w and --tries must be at least 1")
+    if args.command is not None:
+        # By its name: to its users it belongs here, but it stands on the token cache, above us
+        return importlib.import_module("nanochat.prepare").prepare(args, args.command)
     hub = Hub(args.repo, Patience(args.tries, args.timeout))
     files, val = plan_shards(hub, args.num_files)
+    fetch_shards(hub, files, val, args.num_workers)
+
+
+def fetch_shards(hub: Hub, files: dict[str, Remote], val: str, workers: int) -> Path:
+    """Has base_data/ hold these files, of which `val` is or will be validation; returns it.
+
+    UserError with the reasons if some could not be fetched, after the others were."""
     folder = get_base_dir() / "base_data"
-    claim_folder(folder, args.repo, files, val)
-    outcome = fetch_files(hub, files, folder, check_parquet, args.num_workers, SHARD_BYTES)
+    claim_folder(folder, hub.repo, files, val)
+    outcome = fetch_files(hub, files, folder, check_parquet, workers, SHARD_BYTES)
     print0(
         f"{folder}: {len(outcome.there)} shards were there, {len(outcome.fetched)} fetched "
         f"({outcome.num_bytes / 1e6:,.1f} MB), {len(outcome.failed)} failed"
@@ -346,6 +398,7 @@ def main(args: Args) -> None:
         raise UserError(
             f"{len(outcome.failed)} shards failed; run the same command again:\n  {lines}{more}"
         )
+    return folder
 
 
 if __name__ == "__main__":

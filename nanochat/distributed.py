@@ -10,17 +10,28 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import socket
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError
+from nanochat import rank_log
+from nanochat.common import UserError, get_base_dir
+from nanochat.flags import RANK_TIMEOUT
+from nanochat.heartbeat import Heartbeat, lost_contact
+from nanochat.meeting import meet
 
 # mallopt's names (malloc.h): sizes in bytes from which memory is given back to the kernel
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+_watch: list[Heartbeat] = []  # that of the session that is open, where it has several ranks
 
 
 @dataclass(frozen=True)
@@ -54,13 +65,18 @@ def pick_device_type(device_type: str = "") -> str:
 
 @contextmanager
 def session(
-    device_type: str = "", seed: int = 42, deterministic: bool = False
+    device_type: str = "",
+    seed: int = 42,
+    deterministic: bool = False,
+    rank_timeout: float = RANK_TIMEOUT,
 ) -> Iterator[DistInfo]:
     """Joins the process group if torchrun made one, seeds torch, leaves the group at the end.
 
-    `deterministic`: kernels that give the same bits every time (see repeatable)."""
+    `deterministic`: kernels that give the same bits every time (see repeatable). `rank_timeout`:
+    seconds after which a rank that the others wait for is lost, which is a UserError that names it
+    or, where nothing else breaks off the wait, the end of the process with that message."""
     if deterministic:
-        with repeatable(), session(device_type, seed) as info:
+        with repeatable(), session(device_type, seed, rank_timeout=rank_timeout) as info:
             yield info
         return
     kind = pick_device_type(device_type)
@@ -76,18 +92,98 @@ def session(
             )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 matmuls remain
-    if world_size > 1:
-        dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None
-        )
     if kind == "cpu":
         keep_memory()
     torch.manual_seed(seed)
+    info = DistInfo(rank, local_rank, world_size, device)
+    with _group(info, rank_timeout) if world_size > 1 else contextlib.nullcontext():
+        yield info
+
+
+@contextmanager
+def _group(info: DistInfo, timeout: float) -> Iterator[None]:
+    """The process group, and a watch over its ranks, while the block runs."""
+    gpu = info.device.type == "cuda"
+    # NCCL's watchdog ends the process without naming a rank: it shall be second.
+    patience = timedelta(seconds=timeout + 60 if gpu else timeout)
+    device = info.device if gpu else None
     try:
-        yield DistInfo(rank, local_rank, world_size, device)
+        store, meeting = meet(info.rank, info.world_size, timeout)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=dist.PrefixStore(meeting, store),
+            rank=info.rank,
+            world_size=info.world_size,
+            timeout=patience,
+            device_id=device,
+        )
+        heartbeat = Heartbeat(info.rank, info.world_size, timeout, meeting)
+        barrier()
+        heartbeat.start()
+    except RuntimeError as e:  # of which DistError is one
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = str(e).strip().splitlines()[0]
+        raise UserError(
+            f"rank {info.rank}, on {socket.gethostname()}, did not get together with the other "
+            f"ranks of {info.world_size}, which meet at {where} ({why}). "
+            "Do all hosts run the same command, and do they reach one another? On a CPU "
+            "GLOO_SOCKET_IFNAME, on GPUs NCCL_SOCKET_IFNAME names the network interface"
+        ) from e
+    lost = False
+    _watch.append(heartbeat)
+    try:
+        if info.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", info.world_size)):
+            refuse_unshared(info)
+        yield
+    except Exception as e:
+        lost = lost_contact(e)
+        # What a rank of this node has said, or that it was killed, is known at once
+        known = lost and rank_log.another_failed()
+        if lost and not known and (explained := heartbeat.explain(e)) is not e:
+            rank_log.report(explained)
+            raise explained from e
+        rank_log.report(e)  # before the others notice that this one has left
+        if not known:
+            heartbeat.stop(f"{type(e).__name__}: {e}")  # the others will ask why we are gone
+        raise
     finally:
-        if dist.is_initialized():
+        _watch.clear()
+        heartbeat.stop()
+        if dist.is_initialized() and not (lost and gpu):  # NCCL would wait for the lost one
             dist.destroy_process_group()
+
+
+def refuse_unshared(info: DistInfo) -> None:
+    """UserError, on all ranks, if some host has another base directory than rank 0's.
+
+    What rank 0 saves there the others must find when they resume."""
+    base, name = get_base_dir(), ""
+    if info.rank == 0:
+        name = f".shared-{uuid.uuid4().hex}"
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            (base / name).touch()
+        except OSError as e:
+            raise UserError(f"NANOCHAT_BASE_DIR={base} cannot be written: {e}") from e
+    writer, name = cast(tuple[str, str], broadcast_object((socket.gethostname(), name)))
+    patience = time.monotonic() + 10  # seconds: a network file system may be behind
+    while not (there := (base / name).exists()) and time.monotonic() < patience:
+        time.sleep(0.05)
+    blind: list[str] = [""] * info.world_size
+    dist.all_gather_object(blind, "" if there else f"{socket.gethostname()} ({base})")
+    if info.rank == 0:
+        (base / name).unlink()
+    if any(blind):
+        raise UserError(
+            f"{', '.join(sorted({*blind} - {''}))} does not see what {writer} writes to {base}: "
+            "NANOCHAT_BASE_DIR must name a folder that all hosts share, at the same path"
+        )
+
+
+def at_step(number: int) -> None:
+    """Tells the other ranks, should they wait for this one, how far it has come."""
+    for heartbeat in _watch:
+        heartbeat.at_step(number)
 
 
 def keep_memory() -> None:
@@ -141,16 +237,23 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
+def _together() -> bool:
+    """is_distributed(), where the ranks are about to meet: what shows that this one gets on."""
+    for heartbeat in _watch:
+        heartbeat.progress += 1
+    return is_distributed()
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums the tensor over all ranks, in place, and returns it."""
-    if is_distributed():
+    if _together():
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_over_ranks(*values: float, device: torch.device | str = "cpu") -> list[float]:
     """Sums plain numbers over the ranks, in float64 where the device has it."""
-    if not is_distributed():
+    if not _together():
         return [float(v) for v in values]
     dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
     return all_reduce_sum(torch.tensor(values, dtype=dtype, device=device)).tolist()
@@ -158,22 +261,48 @@ def sum_over_ranks(*values: float, device: torch.device | str = "cpu") -> list[f
 
 def max_over_ranks(value: float, device: torch.device | str = "cpu") -> float:
     """The largest of the ranks' numbers."""
-    if not is_distributed():
+    if not _together():
         return float(value)
     tensor = torch.tensor(value, dtype=torch.float32, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: all of it, unless it is sharded (a DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard_group(tensor: torch.Tensor) -> dist.ProcessGroup | None:
+    """The ranks over which a tensor's rows are shared out; None if they are not."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return None if mesh is None else mesh.get_group(mesh.ndim - 1)
+
+
+def shard_rows(num_rows: int, rank: int, size: int) -> tuple[int, int]:
+    """(first, one past the last) of the rows that a rank of `size` holds, as PyTorch's Shard(0) and
+    torch.chunk have it: all ranks as many, rounded up, until there are no more."""
+    each = -(-num_rows // size)
+    return min(rank * each, num_rows), min((rank + 1) * each, num_rows)
+
+
+def local_rows(tensor: torch.Tensor) -> tuple[int, int]:
+    """The rows of a tensor that this rank holds; all of them unless it is sharded."""
+    group = shard_group(tensor)
+    if group is None:
+        return 0, len(tensor) if tensor.ndim else 1
+    return shard_rows(len(tensor), group.rank(), group.size())
+
+
 def barrier() -> None:
     """Waits for all ranks."""
-    if is_distributed():
+    if _together():
         dist.barrier()
 
 
 def broadcast_object(value: object) -> object:
     """Rank 0's value, on every rank (small Python objects only)."""
-    if not is_distributed():
+    if not _together():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)

@@ -26,6 +26,7 @@ from nanochat.chat_template import chat_template
 from nanochat.common import UserError, atomic_write, print0, warn0
 from nanochat.hf_export import DTYPES, READABLE, cast_tensor, puts_bos, stop_ids
 from nanochat.models import arch_of
+from nanochat.progress import track
 from nanochat.tokenizer import Tokenizer
 from nanochat.tokenizer_files import (
     GPT2_PATTERN,
@@ -119,8 +120,8 @@ def write_gguf(
             writer.write_header_to_file(Path(f.name))  # opens the temporary file a second time
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for key, t in tensors.items():
-                cast = cast_tensor(key, t, types[key])
+            for key in track(tensors, f"writing {path.name}", "tensors"):
+                cast = cast_tensor(key, tensors[key], types[key])
                 raw = cast.view(torch.uint16) if cast.dtype == torch.bfloat16 else cast
                 writer.write_tensor_data(raw.numpy())
     except OSError as e:

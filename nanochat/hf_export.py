@@ -31,6 +31,7 @@ from nanochat.common import UserError, print0, write_json
 from nanochat.hf import AUTO_MAP, config_to_hf, to_hf_name, with_own_tokenizer
 from nanochat.manifest import flush
 from nanochat.models import arch_of
+from nanochat.progress import Progress
 from nanochat.tokenizer import Tokenizer
 from nanochat.tokenizer_files import QWEN_PATTERN, tokenizer_json
 
@@ -144,11 +145,13 @@ def write_weights(
     except ValueError as e:
         raise UserError(f"--max_shard_size={max_shard_size}: {e}; write 5GB or 500MB") from e
     files = sorted(plan.filename_to_tensors.items())
-    for number, (file, names) in enumerate(files, 1):
-        shard = {name: cast_tensor(name, tensors[name], dtype) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        size = sum(t.nbytes for t in shard.values())
-        print0(f"{file}: {len(names)} tensors, {size / 1e6:,.1f} MB ({number} of {len(files)})")
+    with Progress(len(shapes), "writing weights", "tensors") as bar:
+        for number, (file, names) in enumerate(files, 1):
+            shard = {name: cast_tensor(name, tensors[name], dtype) for name in names}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            bar.advance(len(names))
+            size = sum(t.nbytes for t in shard.values())
+            print0(f"{file}: {len(names)} tensors, {size / 1e6:,.1f} MB ({number} of {len(files)})")
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
 from nanochat.chat_format import QWEN_SYSTEM
@@ -35,6 +33,7 @@ from nanochat.common import (
 )
 from nanochat.hf import config_from_hf, from_hf_name, to_hf_name
 from nanochat.models import ARCHITECTURES, Config, arch_of, config_from_dict, config_to_dict
+from nanochat.progress import track
 from nanochat.tokenizer import Tokenizer, imported_dir
 from nanochat.tokenizer_files import read_default_system, read_vocabulary, tokenizer_json
 
@@ -300,10 +299,8 @@ def check_tensors(found: Found) -> dict[str, torch.Tensor]:
 
 def read_weights(found: Found, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights in float32, as training wants them, read one tensor at a time."""
-    live = sys.stdout.isatty()
     weights = {
-        name: _widened(found.tensors[name])
-        for name in track(own, "reading weights", disable=not live)
+        name: _widened(found.tensors[name]) for name in track(own, "reading weights", "tensors")
     }
     twin = found.tensors.get("lm_head.weight")
     if twin is not None and "lm_head.weight" not in own:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -24,16 +22,8 @@ from urllib.parse import urlsplit
 
 import requests
 from rich import filesize
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError
 from nanochat.download import (
     Busy,
     Hopeless,
@@ -45,8 +35,7 @@ from nanochat.download import (
     raise_for_status,
     request_headers,
 )
-
-LINE_EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+from nanochat.progress import Progress
 
 Check = Callable[[Path], None]
 
@@ -156,17 +145,17 @@ def fetch_files(
             f"{filesize.decimal(free)} free; use a smaller -n or another NANOCHAT_BASE_DIR"
         )
     outcome = Outcome(there)
-    with Meter(len(missing), total, on_disk) as meter:
+    with Progress(total, f"0/{len(missing)} files", "B", start=on_disk) as bar:
         try:
-            run = _Run(hub, folder, check, meter, outcome, expected)
+            run = _Run(hub, folder, check, bar, outcome, expected)
             # What another process is at comes last: by then, it will mostly have been fetched
             busy = run.fetch(missing, workers, wait=False)
             run.fetch({name: missing[name] for name in busy}, workers, wait=True)
         except KeyboardInterrupt:
-            meter.note("what has come is kept: run the same command again to go on")
+            bar.note("what has come is kept: run the same command again to go on")
             raise
         finally:
-            outcome.num_bytes = meter.num_bytes
+            outcome.num_bytes = int(bar.eta.done) - on_disk
     return outcome
 
 
@@ -178,13 +167,15 @@ class _Run:
         hub: Hub,
         folder: Path,
         check: Check,
-        meter: Meter,
+        bar: Progress,
         outcome: Outcome,
         expected: dict[str, int],
     ) -> None:
         self.hub, self.folder, self.check = hub, folder, check
-        self.meter, self.outcome, self.expected = meter, outcome, expected
+        self.bar, self.outcome, self.expected = bar, outcome, expected
         self.stop = threading.Event()
+        self.lock = threading.Lock()
+        self.done, self.total = 0, sum(expected.values())
 
     def fetch(self, files: dict[str, Remote], workers: int, wait: bool) -> list[str]:
         """Fetches; returns the files that another process is at, unless they are waited for."""
@@ -212,16 +203,21 @@ class _Run:
         patience = replace(
             self.hub.patience,
             pause=self._pause,
-            note=lambda text: self.meter.note(f"{name}: {text}"),
+            note=lambda text: self.bar.note(f"{name}: {text}"),
         )
         self._pause(0)
         by_us = download(
             self.hub.url(name), self.folder / name, self.check, self._advance, patience,
             known=remote, token=self.hub.token, wait=wait,
         )  # fmt: skip
-        (self.outcome.fetched if by_us else self.outcome.there).append(name)
+        # What another process fetched is no part of what we had to do
         size = (self.folder / name).stat().st_size if by_us else 0
-        self.meter.finished(size, self.expected[name])
+        with self.lock:
+            (self.outcome.fetched if by_us else self.outcome.there).append(name)
+            self.done += 1
+            self.total += size - self.expected[name]
+            self.bar.what = f"{self.done}/{len(self.expected)} files"
+            self.bar.resize(self.total)
 
     def _pause(self, seconds: float) -> None:
         # Between two tries, and with 0 seconds at every piece that comes, a thread hears of the end
@@ -230,68 +226,4 @@ class _Run:
 
     def _advance(self, num_bytes: int) -> None:
         self._pause(0)
-        self.meter.advance(num_bytes)
-
-
-class Meter:
-    """Files, bytes, speed and time left: live on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, files: int, total: int, on_disk: int) -> None:
-        self.files, self.done, self.num_bytes = files, 0, 0
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        self.live = sys.stdout.isatty()
-        # Switched off, it still reckons: our own lines are made of its numbers
-        self.progress = Progress(*columns, disable=not self.live)
-        self.task = self.progress.add_task(
-            f"0/{files} files", total=total or None, completed=on_disk
-        )
-        self.lock = threading.Lock()
-        self._printed = time.monotonic()
-
-    def __enter__(self) -> Meter:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def advance(self, num_bytes: int) -> None:
-        """Bytes that have come, or below 0 those thrown away."""
-        with self.lock:
-            self.num_bytes += num_bytes
-            if num_bytes >= 0:
-                self.progress.advance(self.task, num_bytes)
-            else:  # no backward speed
-                self.progress.tasks[0].completed += num_bytes
-            now = time.monotonic()
-            if not self.live and now - self._printed >= LINE_EVERY:
-                self._printed = now
-                print0(self.line())
-
-    def finished(self, size: int, expected: int) -> None:
-        """A file is there, whose share of the total had been taken for `expected` bytes."""
-        with self.lock:
-            self.done += 1
-            task = self.progress.tasks[0]
-            task.total = (task.total or 0) + size - expected  # update() would forget the speed
-            self.progress.update(self.task, description=f"{self.done}/{self.files} files")
-
-    def note(self, text: str) -> None:
-        """A line of its own, above the live one if there is one."""
-        with self.lock:
-            if self.live:
-                self.progress.console.print(text, markup=False, highlight=False)
-            else:
-                print0(text)
-
-    def line(self) -> str:
-        """How it stands, in words."""
-        task = self.progress.tasks[0]
-        line = f"{self.done}/{self.files} files, {filesize.decimal(int(task.completed))}"
-        line += f" of {filesize.decimal(int(task.total))}" if task.total else ""
-        line += f", {filesize.decimal(int(task.speed))}/s" if task.speed else ""
-        left = task.time_remaining
-        return line + (f", {left / 60:.1f} min to go" if left else "")
+        self.bar.advance(num_bytes)

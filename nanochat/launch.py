@@ -18,13 +18,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent  # where `scripts` and `nanochat` lie
 
 
-def command(script: str, words: Sequence[str], world_size: int = 1, nodes: int = 1) -> list[str]:
+def command(
+    script: str,
+    words: Sequence[str],
+    world_size: int = 1,
+    nodes: int = 1,
+    meet: str = "FIRST_NODE:29400",
+) -> list[str]:
     """The words that run scripts.<script> with these flags on so many ranks.
 
-    On several nodes torchrun also wants to be told where they meet: that is the user's to add."""
+    On several nodes it is to be typed on each of them, or given to srun; `meet` is where their
+    torchruns meet: a port of the first node. ValueError if the ranks are not as many on each."""
     if world_size == 1:
         return ["python", "-m", f"scripts.{script}", *words]
-    where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}"]
+    if world_size % nodes:
+        raise ValueError(f"{world_size} ranks on {nodes} nodes: not as many on each")
+    where = ["--standalone"]
+    if nodes > 1:
+        where = [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={meet}"]
     ranks = f"--nproc_per_node={world_size // nodes}"
     return ["torchrun", *where, ranks, "-m", f"scripts.{script}", "--", *words]
 

@@ -20,6 +20,7 @@ DEFAULT_REPO = "karpathy/fineweb-edu-100b-shuffle"
 LAST_SHARD = 1822  # of the default data set: validation, by name
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 SHARD_BYTES = 100_000_000  # about, where the server does not say
+SHARD_CHARS = 250_000_000  # of the default data set, about
 
 
 def pins_path() -> Path:
@@ -54,17 +55,19 @@ def check_parquet(path: Path) -> None:
             raise ValueError(f"not a parquet file: {e} (it begins with {f.read(16)!r})") from e
 
 
-def plan_shards(hub: Hub, num_files: int) -> tuple[dict[str, Remote], str]:
+def plan_shards(hub: Hub, num_files: int, ask: bool = True) -> tuple[dict[str, Remote], str]:
     """(the shards to have, with what is known of each; the validation shard among them).
 
-    Raises UserError for a data set without shards."""
+    ask: without, no server hears of it, which serves where the layout is known: that of the default
+    data set. Raises UserError for a data set without shards."""
     ours = hub.repo == DEFAULT_REPO
-    try:  # of another data set, nothing else says which shard is the last
-        listing = hub.list_files(min(2, hub.patience.tries) if ours else hub.patience.tries)
-    except UserError:
-        if not ours:
-            raise
-        listing = None
+    listing = None
+    if ask or not ours:
+        try:  # of another data set, nothing else says which shard is the last
+            listing = hub.list_files(min(2, hub.patience.tries) if ours else hub.patience.tries)
+        except UserError:
+            if not ours:
+                raise
     if listing is None:  # a mirror that only serves files: taken to be laid out as the default
         listing = {shard_name(i): Remote() for i in range(LAST_SHARD + 1)}
     shards = sorted(name for name in listing if SHARD_NAME.fullmatch(name))
@@ -108,5 +111,7 @@ def claim_folder(folder: Path, repo: str, files: dict[str, Remote], val: str) ->
             f"{folder} holds {', '.join(strange[:5])} of another size than {repo} has: from "
             "elsewhere, or damaged. Move them away, or use another NANOCHAT_BASE_DIR"
         )
-    pins["base_data"] = {"file": val, "by_hash": False, "repo": repo}
-    write_json(pins_path(), pins)
+    pin = {"file": val, "by_hash": False, "repo": repo}
+    if pins.get("base_data") != pin:  # of many tasks at once, most find it there
+        pins["base_data"] = pin
+        write_json(pins_path(), pins)

@@ -20,16 +20,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nanochat.common import UserError, fingerprint, get_base_dir, print0, warn0
 from nanochat.dataset import Keep, iter_texts, text_size
 from nanochat.packing import Documents
+from nanochat.progress import Progress
 from nanochat.threads import end_if_over, in_thread
 from nanochat.token_cache import (
     claim,
@@ -42,6 +43,8 @@ from nanochat.token_cache import (
 )
 from nanochat.tokenizer import Tokenizer
 from nanochat.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 MIN_SHARD = 8 << 20  # bytes: smaller files are packed together, or each would waste its last row
 BATCH_CHARS = 4_000_000  # characters tokenized at a time: what bounds memory, and how soon we end
@@ -62,9 +65,10 @@ class TextSource:
     ) -> None:
         self.files, self.tokenizer, self.keep, self.stream = files, tokenizer, keep, stream
         self.cache = Path(cache).expanduser() if cache else get_base_dir() / "token_cache"
-        self.shards = _group(files)
+        self.shards = group(files, [path.stat().st_size for path in files])
         self.keys = self._keys(self.shards)
         self.fingerprint = fingerprint(*self.keys)
+        self.num_made = 0  # shards that we have tokenized into the cache
         self._background: subprocess.Popen[bytes] | None = None
 
     def num_shards(self) -> int:
@@ -85,8 +89,12 @@ class TextSource:
             return self._in_memory(shard)
         folder = self._folder(shard)
         documents = open_folder(folder)
+        if documents is not None:
+            return documents
+        size = sum(map(text_size, self.shards[shard]))
         try:
-            return documents or self.prepare(shard, wait=True)  # type: ignore[return-value]
+            with Progress(size, f"tokenizing {self.shards[shard][0].name}", "B") as bar:
+                return self.prepare(shard, wait=True, read=bar.advance)  # type: ignore[return-value]
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):  # hours into a run, perhaps
                 warn0(f"{e}: no room for {folder}; this shard is tokenized into memory")
@@ -104,8 +112,11 @@ class TextSource:
         offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
         return Documents(np.concatenate(ids), offsets)
 
-    def prepare(self, shard: int, wait: bool) -> Documents | None:
+    def prepare(
+        self, shard: int, wait: bool, read: Callable[[int], None] = lambda size: None
+    ) -> Documents | None:
         """Tokenizes a shard into the cache. None if another process is at it and we do not wait.
+        `read` hears of the bytes of text that are done.
 
         Raises OSError where the cache cannot be written."""
         folder = self._folder(shard)
@@ -116,13 +127,16 @@ class TextSource:
             if documents is None:
                 if folder.exists():
                     warn0(f"{folder} is damaged and made again")
-                write_folder(folder, self._encode(shard))
+                write_folder(folder, self._encode(shard, read))
+                self.num_made += 1
                 documents = open_folder(folder)
         if documents is None:
             raise UserError(f"{folder} was damaged right after it was written; check the disk")
         return documents
 
-    def _encode(self, shard: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _encode(
+        self, shard: int, read: Callable[[int], None] = lambda size: None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids, lengths) of the shard's documents, each after bos, some megabytes at a time."""
         bos, paths = self.tokenizer.get_bos_token_id(), self.shards[shard]
         found = 0
@@ -133,6 +147,7 @@ class TextSource:
                     end_if_over()
                     ids, offsets = self.tokenizer.encode_batch(texts, prepend=bos)
                     found += len(texts)
+                    read(sum(map(len, texts)))  # characters: of most text, about as many bytes
                     yield ids, np.diff(offsets)
             except OSError as e:
                 raise UserError(f"{path} cannot be read: {e}") from e
@@ -190,13 +205,8 @@ class TextSource:
 
     def _job(self, shards: Sequence[int]) -> dict[str, Any]:
         """What another process must know to prepare these shards, ready for JSON."""
-        vocabulary = self.tokenizer.vocabulary
-        tokens = sorted(vocabulary.ranks, key=vocabulary.ranks.__getitem__)
         return {
-            "tokens": [token.decode("latin-1") for token in tokens],
-            "pattern": vocabulary.pattern,
-            "specials": vocabulary.specials,
-            "normalization": vocabulary.normalization,
+            "tokenizer": describe_tokenizer(self.tokenizer),
             "shards": [[str(path.absolute()) for path in self.shards[k]] for k in shards],
             "keep": self.keep,
             "cache": str(self.cache.absolute()),
@@ -219,16 +229,16 @@ class TextSource:
         )  # it is a second until it listens
 
 
-def _group(files: Sequence[Path]) -> list[list[Path]]:
+def group(files: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
     """The files in order, as shards of at least MIN_SHARD bytes (the last one may be smaller)."""
-    shards: list[list[Path]] = []
-    size = MIN_SHARD
-    for path in files:
-        if size >= MIN_SHARD:
+    shards: list[list[T]] = []
+    total = MIN_SHARD
+    for file, size in zip(files, sizes):
+        if total >= MIN_SHARD:
             shards.append([])
-            size = 0
-        shards[-1].append(path)
-        size += path.stat().st_size
+            total = 0
+        shards[-1].append(file)
+        total += size
     return shards
 
 
@@ -261,13 +271,33 @@ def _size(size: float) -> str:
 # The background process
 
 
+def describe_tokenizer(tokenizer: Any) -> str:
+    """What another process must know to encode as this tokenizer does."""
+    vocabulary = tokenizer.vocabulary
+    tokens = sorted(vocabulary.ranks, key=vocabulary.ranks.__getitem__)
+    return json.dumps(
+        {
+            "tokens": [token.decode("latin-1") for token in tokens],
+            "pattern": vocabulary.pattern,
+            "specials": vocabulary.specials,
+            "normalization": vocabulary.normalization,
+        }
+    )
+
+
+@lru_cache(maxsize=1)
+def tokenizer_of(description: str) -> Tokenizer:
+    """The tokenizer that was described; the same one when it is asked for again."""
+    about = json.loads(description)
+    ranks = {token.encode("latin-1"): id for id, token in enumerate(about["tokens"])}
+    return Tokenizer(Vocabulary(about["pattern"], ranks, about["specials"], about["normalization"]))
+
+
 def prepare_shards(job: dict[str, Any]) -> None:
     """Prepares the shards of a job (see prepare_ahead) that nobody else is preparing.
 
     A shard that is wrong is named and left; UserError or OSError where the disk is full."""
-    ranks = {token.encode("latin-1"): id for id, token in enumerate(job["tokens"])}
-    vocabulary = Vocabulary(job["pattern"], ranks, job["specials"], job["normalization"])
-    tokenizer = Tokenizer(vocabulary)
+    tokenizer = tokenizer_of(job["tokenizer"])
     for paths in job["shards"]:
         source = TextSource([*map(Path, paths)], tokenizer, job["keep"], job["cache"])
         source.check_disk([0])  # others use the disk too

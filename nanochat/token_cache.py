@@ -135,7 +135,11 @@ def write_folder(folder: Path, batches: Iterator[tuple[np.ndarray, np.ndarray]])
         )
         if open_folder(folder) is None:  # where there are no locks, another may have been faster
             shutil.rmtree(folder, ignore_errors=True)
-            tmp.rename(folder)
+            try:
+                tmp.rename(folder)
+            except OSError:  # by less than the time since we looked
+                if open_folder(folder) is None:
+                    raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
@@ -143,10 +147,15 @@ def write_folder(folder: Path, batches: Iterator[tuple[np.ndarray, np.ndarray]])
 def sweep(cache: Path) -> int:
     """Removes what killed processes left half-written; returns the bytes of ids that remain."""
     for tmp in cache.glob(".*.tmp"):
-        written = max((p.stat().st_mtime for p in tmp.iterdir()), default=tmp.stat().st_mtime)
-        if time.time() - written > STALE_SECONDS:
-            shutil.rmtree(tmp, ignore_errors=True)
-    return sum(path.stat().st_size for path in cache.glob("*/*.bin"))
+        with contextlib.suppress(OSError):  # another rank, or host, has renamed or removed it
+            written = max((p.stat().st_mtime for p in tmp.iterdir()), default=tmp.stat().st_mtime)
+            if time.time() - written > STALE_SECONDS:
+                shutil.rmtree(tmp, ignore_errors=True)
+    size = 0
+    for path in cache.glob("*/*.bin"):
+        with contextlib.suppress(OSError):
+            size += path.stat().st_size
+    return size
 
 
 def free_bytes(folder: Path) -> int:

@@ -21,10 +21,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from nanochat import schedule
+from nanochat import rank_log, schedule
 from nanochat.checkpoint import (
     LOG,
     load_weights,
@@ -39,12 +40,14 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import UserError, append_jsonl, print0, warn0
 from nanochat.dataloader import MicroBatch, StepLoader
-from nanochat.distributed import DistInfo, sum_over_ranks
+from nanochat.distributed import DistInfo, at_step, sum_over_ranks
 from nanochat.flags import TrainFlags
 from nanochat.meter import Meter, QuietCollector, StepRecord
 from nanochat.models import config_to_dict
 from nanochat.optim import MuonAdamW, refuse_divergence
+from nanochat.progress import Progress, duration
 from nanochat.record import find_log, first_start, run_record
+from nanochat.shard import gathered
 from nanochat.start import find_resumable, identity, refuse_changes
 from nanochat.step import TrainStep, is_out_of_memory, out_of_memory
 
@@ -106,11 +109,14 @@ class Trainer:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._stop_signal = 0
-        self._printed = 0.0
+        self.bar = Progress(num_steps, stage)  # not begun: steps() has another
 
-    def autocast(self) -> Any:
-        """The context to evaluate in, in the format that the run computes in."""
-        return self.train_step.precision.autocast()
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context to evaluate in, in the format that the run computes in. All ranks must enter
+        it: see shard.gathered."""
+        with gathered(self.model), self.train_step.precision.autocast():
+            yield
 
     # ---------------------------------------------------------------------------------------------
     # Life of a run
@@ -129,19 +135,11 @@ class Trainer:
             self._resume()
             self._start_log()
             self.collector.start()
-            while True:
-                step = self.state.step
-                alone = self.info.world_size == 1
-                if self.stopping() if alone else self.train_step.stop_agreed:
-                    self._stop()
-                yield step
-                self._events_done = False
-                if step >= self.num_steps:  # the last one was for final evaluations only
-                    break
-                if self._writing is not None and self._writing.done():
-                    self._wait_for_save()  # a full disk ends the run now, not at the next save
-            self.meter.flush()
-            self._wait_for_save()
+            with Progress(
+                self.num_steps, self.stage, "steps", start=self.state.step, stdout=True,
+                ticking=False,
+            ) as self.bar:  # fmt: skip
+                yield from self._each_step()
         finally:
             self.collector.restore()
             for signum, handler in handlers.items():
@@ -152,6 +150,21 @@ class Trainer:
         self.log("end", final=self.metrics, seconds=self.state.seconds)
         if self.wandb is not None:
             self.wandb.finish()
+
+    def _each_step(self) -> Iterator[int]:
+        while True:
+            step = self.state.step
+            alone = self.info.world_size == 1
+            if self.stopping() if alone else self.train_step.stop_agreed:
+                self._stop()
+            yield step
+            self._events_done = False
+            if step >= self.num_steps:  # the last one was for final evaluations only
+                break
+            if self._writing is not None and self._writing.done():
+                self._wait_for_save()  # a full disk ends the run now, not at the next save
+        self.meter.flush()
+        self._wait_for_save()
 
     def is_due(self, every: int, *, at_start: bool = False) -> bool:
         """Whether an event of every so many steps is due now (schedule.is_due), and was not done
@@ -166,7 +179,8 @@ class Trainer:
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._stop_signal = signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.info.rank == 0:  # print() is not safe in a signal handler
+        # print() is not safe in a signal handler. When a rank has failed torchrun ends the others
+        if self.info.rank == 0 and not rank_log.another_failed():
             os.write(2, b"\nstopping: saving after this step; Ctrl-C quits at once, unsaved\n")
 
     def stopping(self) -> bool:
@@ -248,9 +262,9 @@ class Trainer:
             return
         self.meter.pause()
         self._wait_for_save()
-        optim_state = self.optimizer.state_dict()
+        optim_state, weights = self.optimizer.state_dict(), snapshot(self.model.state_dict())
         if self.info.rank == 0:
-            weights, meta = snapshot(self.model.state_dict()), self._checkpoint_meta(events_done)
+            meta = self._checkpoint_meta(events_done)
             self._writing = self._writer.submit(
                 self._write, weights, optim_state, meta, self._aside_after
             )
@@ -264,7 +278,7 @@ class Trainer:
             set_aside(self.stage, self.tag, aside_after)
         folder = step_dir(self.stage, self.tag, meta["step"])
         write_checkpoint(folder, weights, optim_state, meta, self.args.keep_last)
-        self._say(f"saved {folder}")
+        print0(f"saved {folder}")
 
     def _wait_for_save(self) -> None:
         """Until the save in flight, if there is one, is whole. Its error is raised here."""
@@ -307,6 +321,7 @@ class Trainer:
         On a GPU the step is queued, not done, when this returns; flush() waits for it."""
         self.meter.begin()
         number = self.state.step + 1
+        at_step(number)
         try:
             rates = (lr_mul, momentum, decay_mul)
             record = self.train_step.take(number, batches, rates, self.stopping())
@@ -344,23 +359,15 @@ class Trainer:
             **skipped,
         )  # fmt: skip
         self._log_mark = self._log_size()  # what follows are events after this step
-        eta = (self.num_steps - step) * s.seconds / step
         line = f"{self.stage} step {step}/{self.num_steps} | loss {smooth:.4f}"
         for name in ("val_bpb", "val_loss", "reward"):
             if name in self.metrics:
                 line += f" | {name} {self.metrics[name]:.4f}"
         line += f" | {rate:,.0f} tok/s"
         line += f" | mfu {100 * mfu:.1f}%" if mfu is not None else ""
-        self._print_progress(step, line + f" | {s.seconds / 60:.1f} min, {eta / 60:.1f} to go")
-
-    def _print_progress(self, step: int, line: str) -> None:
-        """A live line on a terminal; elsewhere one line about every ten seconds."""
-        now, last = time.monotonic(), step >= self.num_steps
-        if sys.stdout.isatty():
-            print0(f"\r\x1b[2K{line}", end="\n" if last else "")
-        elif last or step <= 3 or now - self._printed > 10:
-            print0(line)
-            self._printed = now
+        self.bar.advance(show=False)
+        line += f" | {duration(s.seconds)}, {self.bar.rest()}"
+        self.bar.show(line, now=step <= 3, last=step >= self.num_steps)
 
     # ---------------------------------------------------------------------------------------------
     # The log
@@ -381,9 +388,10 @@ class Trainer:
         groups = self.model.param_groups()
         parts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
         num_params = sum(parts.values())
+        shared = f", --shard={self.args.shard}" if self.info.world_size > 1 else ""
         print0(
             f"{self.stage}: {self.tag}, {num_params:,} parameters, {self.num_steps} steps, "
-            f"{self.info.world_size} rank(s) on {self.info.device.type}\n"
+            f"{self.info.world_size} rank(s) on {self.info.device.type}{shared}\n"
             f"computing in {self.train_step}"
         )
         if self.info.rank == 0 and self._saved is None:
@@ -432,9 +440,4 @@ class Trainer:
         shown = ", ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()
         )
-        self._say(f"{self.stage} step {self.state.step}: {shown}")
-
-    @staticmethod
-    def _say(text: str) -> None:
-        """A line of its own, in place of the live one if there is one."""
-        print0(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text)
+        print0(f"{self.stage} step {self.state.step}: {shown}")

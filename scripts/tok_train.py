@@ -17,23 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from nanochat import flags
 from nanochat.common import UserError, append_jsonl, get_base_dir, print0
 from nanochat.dataset import iter_text_arrays, iter_texts, split_files, text_size
 from nanochat.preview import preview_corpus
+from nanochat.progress import Progress
 from nanochat.tokenizer import Tokenizer, without_surrogates
 
 NUM_CHECKED = 200  # documents on which decode(encode(text)) must give the text back
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 @dataclass
@@ -105,39 +97,30 @@ class Corpus:
 
 
 class Meter:
-    """How far it is: a bar with the time left on a terminal, elsewhere a line now and then."""
+    """Shows how far it is: the reading of the text, then the merging of tokens."""
 
-    def __init__(self, corpus: Corpus) -> None:
-        self.corpus = corpus
+    def __init__(self, corpus: Corpus, bar: Progress) -> None:
+        self.corpus, self.bar = corpus, bar
         self.size = max(1, sum(map(text_size, corpus.files.train)))
-        console = Console()
-        self.bar = Progress(
-            "{task.description}", BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-            "left", TimeRemainingColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self.task = self.bar.add_task("reading", total=None)
-        self.phase = "count"
-        self.told = time.monotonic()
+        self.merging = False
+        self.bar.show("reading")
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Called by the trainer about once a second, see Tokenizer.train."""
-        share = done / max(1, total)
-        text = f"merging: {done:,} of {total:,} tokens"
-        if phase == "count":
-            # The trainer knows the bytes that it has counted, we what there is to read
-            docs, chars = self.corpus.docs, self.corpus.chars
-            share = min(
-                1, max(self.corpus.bytes_read / self.size, chars / self.corpus.args.max_chars)
-            )
-            text = f"reading: {docs:,} documents, {chars / 1e6:,.0f}M characters"
-        if phase != self.phase:
-            self.phase = phase
-            self.bar.reset(self.task)
-        self.bar.update(self.task, description=text, completed=share, total=1)
-        if self.bar.disable and time.monotonic() - self.told >= LINE_SECONDS:
-            self.told = time.monotonic()
-            print0(f"{text} ({share:.0%})")
+        if phase != "count":
+            if not self.merging:
+                self.merging = True
+                self.bar.restart(total, "merging", "tokens", start=done)
+            self.bar.advance(done - self.bar.eta.done)
+            return
+        # The trainer knows the bytes that it has counted, we what there is to read
+        docs, chars = self.corpus.docs, self.corpus.chars
+        share = min(1, max(self.corpus.bytes_read / self.size, chars / self.corpus.args.max_chars))
+        self.bar.advance(share - self.bar.eta.done, show=False)
+        self.bar.show(
+            f"reading: {docs:,} documents, {chars / 1e6:,.0f}M characters, {share:.0%}, "
+            f"{self.bar.rest()}"
+        )
 
 
 def main(args: Args) -> None:
@@ -151,9 +134,8 @@ def main(args: Args) -> None:
     # Learn. The trainer pulls the texts through as it counts them; the corpus is never in memory.
     start = time.perf_counter()
     corpus = Corpus(args)
-    meter = Meter(corpus)
-    with meter.bar:
-        tokenizer = Tokenizer.train(corpus, args.vocab_size, meter)
+    with Progress(1.0, "reading") as bar:
+        tokenizer = Tokenizer.train(corpus, args.vocab_size, Meter(corpus, bar))
     seconds = time.perf_counter() - start
     if corpus.chars == 0:
         raise UserError(f"the training text is empty (--data={args.data or 'base_data'})")

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
+import io
+import json
 import re
 import socket
 import struct
@@ -19,6 +22,10 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 # (handler, the whole file): answers one request
 Answer = Callable[["Handler", bytes], None]
@@ -97,6 +104,42 @@ class FileServer:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def shard(index: int, rows: int | None = None) -> bytes:
+    """A parquet file; no two of the same size."""
+    buffer = io.BytesIO()
+    rows = 300 + 100 * index if rows is None else rows
+    texts = [f"shard {index} document {row}: ä, 你好" for row in range(rows)]
+    pq.write_table(pa.table({"text": texts}), buffer)
+    return buffer.getvalue()
+
+
+class FakeHub(FileServer):
+    """A hub with one data set, and its listing in pages of two where there is one."""
+
+    def __init__(self, repo: str, names: list[str]) -> None:
+        self.root = f"/datasets/{repo}/resolve/main/"
+        super().__init__({self.root + name: shard(i) for i, name in enumerate(names)})
+        self.tree = f"/api/datasets/{repo}/tree/main?limit=1000"
+
+    def publish_listing(self) -> None:
+        entries: list[dict[str, Any]] = [{"type": "file", "path": "README.md", "size": 7}]
+        for path, data in self.files.items():
+            if path.startswith(self.root):
+                lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
+                name = path.removeprefix(self.root)
+                entries.append({"type": "file", "path": name, "size": len(data), "lfs": lfs})
+        pages = [entries[i : i + 2] for i in range(0, len(entries), 2)]
+        for i, page in enumerate(pages):
+            path = self.tree if i == 0 else f"{self.tree}&cursor={i}"
+            self.files[path] = json.dumps(page).encode()
+            if i + 1 < len(pages):
+                following = f'<{self.url}{self.tree}&cursor={i + 1}>; rel="next"'
+                self.headers[path] = {"Link": following}
+
+    def shards_asked_for(self) -> list[str]:
+        return [p.removeprefix(self.root)[6:11] for p in self.paths if p.startswith(self.root)]
 
 
 def whole(handler: Handler, data: bytes) -> None:

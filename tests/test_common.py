@@ -65,6 +65,16 @@ def test_atomic_write_makes_folders_and_leaves_only_the_file(tmp_path: Path) -> 
     assert [p.name for p in path.parent.iterdir()] == ["b.bin"]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """As on two hosts, where processes of the same number write to a disk that both have."""
+    path = tmp_path / "a.txt"
+    with atomic_write(path, "w") as one, atomic_write(path, "w") as other:
+        one.write("one")
+        other.write("the other")
+    assert path.read_text(encoding="utf-8") == "one"  # it ended last
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_atomic_write_keeps_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
     path = tmp_path / "b.txt"
     write_json(path, {"old": 0})

@@ -6,6 +6,8 @@ import signal
 import threading
 from pathlib import Path
 
+import pytest
+
 from nanochat.launch import ROOT, command, launch, shown
 
 
@@ -16,9 +18,12 @@ def test_commands_for_one_rank_one_node_and_several() -> None:
     assert shown(command("chat_rl", ["--seed=1"], 8), {"OMP_NUM_THREADS": "1"}) == (
         "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --seed=1"
     )
-    assert command("mid_train", [], 16, nodes=2)[:3] == [
-        "torchrun", "--nnodes=2", "--nproc_per_node=8"
-    ]  # fmt: skip
+    assert shown(command("mid_train", [], 16, nodes=2, meet="a:29400")) == (
+        "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=a:29400 --nproc_per_node=8 "
+        "-m scripts.mid_train --"
+    )
+    with pytest.raises(ValueError, match="16 ranks on 3 nodes"):
+        command("mid_train", [], 16, nodes=3)
 
 
 def test_the_status_and_the_environment_of_a_run(tmp_path: Path) -> None:

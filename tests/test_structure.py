@@ -28,33 +28,46 @@ from tests.conftest import REPO
 FLOORS = {
     "common": 0,
     **dict.fromkeys(
-        ["conversation", "download", "execution", "execution_child", "flags", "launch"], 0.5
+        ["conversation", "download", "execution", "execution_child", "launch", "progress"], 0.5
     ),
+    "rank_log": 0.5,
+    "flags": 0.75,
     **dict.fromkeys(["machine", "manifest", "scaling", "schedule", "threads", "vocabulary"], 0.5),
-    **dict.fromkeys(["hub", "tokenizer_files"], 0.75),
+    **dict.fromkeys(["hub", "meeting", "tokenizer_files"], 0.75),
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
-    "shards": 0.9,
+    **dict.fromkeys(["heartbeat", "shards"], 0.9),
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
-    **dict.fromkeys(["compiling", "fp8", "int8", "kv_cache", "recompute"], 1),
-    **dict.fromkeys(["memory_trace", "precision", "static_step"], 1.5),
+    **dict.fromkeys(["fp8", "int8", "kv_cache", "recompute", "updates"], 1),
+    "compiling": 1.25,
+    **dict.fromkeys(["communication", "memory_trace", "precision", "shard", "static_step"], 1.5),
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),
+    "cluster": 1.75,
     **dict.fromkeys(["dataloader", "optim", "reply", "sampling", "tasks", "text_source"], 2),
     **dict.fromkeys(["serving", "tools"], 2),
     "lora": 2.25,
-    **dict.fromkeys(["plan", "primer", "rewards"], 2.5),
-    **dict.fromkeys(["scheduler", "trial"], 2.75),
+    **dict.fromkeys(["plan", "prepare", "primer", "rewards"], 2.5),
+    **dict.fromkeys(["scheduler", "traffic", "trial"], 2.75),
     "rows": 2.9,
     **dict.fromkeys(["checkpoint", "engine", "hf", "retokenize"], 3),
     "meter": 3,
     **dict.fromkeys(["hf_export", "hf_import", "recipe", "start", "step"], 3.5),
-    **dict.fromkeys(["gguf", "record"], 3.75),
+    **dict.fromkeys(["budget", "gguf", "record"], 3.75),
     **dict.fromkeys(["evals", "policy", "preview", "report", "serve", "train"], 4),
     **dict.fromkeys(["dpo", "finetune", "rollout"], 4.5),
 }
 MAX_LINES = 450
 MAX_FUNCTION = 70
 # Imported by the functions that need them: a chat needs no data sets, a tokenizer no web server.
-HEAVY = ["datasets", "fastapi", "huggingface_hub", "matplotlib", "transformers", "uvicorn", "wandb"]
+HEAVY = [
+    "datasets",
+    "fastapi",
+    "huggingface_hub",
+    "matplotlib",
+    "ray",
+    "transformers",
+    "uvicorn",
+    "wandb",
+]
 
 
 def sources(*folders: str) -> list[Path]:
@@ -274,11 +287,11 @@ MODULE = re.compile(r"(?:scripts|nanochat)(?:\.\w+)+")
 def commands_in_shell(text: str) -> Iterator[list[str]]:
     """Every command that runs one of our modules, as the words from the module on.
 
-    Variables are replaced by what the text assigns to them if those are flags, else by 1, which
-    serves as a number and as a name. A function's own arguments ("$@") are left out."""
+    Variables are replaced by what the text (shell or YAML) assigns to them if those are flags, else
+    by 1, which serves as a number and as a name. A function's own arguments ("$@") are left out."""
     text = text.replace("\\\n", " ")
     assigned = dict(
-        re.findall(r"""^\s*(?:export )?(\w+)=["'(]*(-[^"')\n]*)["')]*\s*$""", text, re.M)
+        re.findall(r"""^\s*(?:export )?(\w+)(?:=|: )["'(]*(-[^"')\n]*)["')]*\s*$""", text, re.M)
     )
     for line in text.splitlines():
         line = line.strip()
@@ -365,7 +378,8 @@ def test_commands_are_found_where_they_are() -> None:
     markdown += "```python\n>>> from scripts.c import d\n```\n"
     assert list(commands_in_markdown(markdown)) == [["scripts.b"], ["scripts.a", "-b"]]
     shell = [p for p in documents() if p.name == "speedrun.sh"]
-    for path in [REPO / "README.md", *shell]:
+    others = [REPO / "docs" / "many_machines.md", *(REPO / "recipes").iterdir()]
+    for path in [REPO / "README.md", *shell, *others]:
         assert any(param.id.startswith(path.name) for param in documented_commands()), path.name
 
 

@@ -115,6 +115,20 @@ def test_what_killed_processes_leave_is_swept_in_time(tmp_path: Path) -> None:
     assert sweep(tmp_path / "nowhere") == 0
 
 
+def test_what_another_host_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of several hosts sweep one cache; others rename what they have finished."""
+    size = (written(tmp_path / "a") / "ids.bin").stat().st_size
+    found, real = [tmp_path / ".b.tmp", tmp_path / "c" / "ids.bin"], Path.glob
+    monkeypatch.setattr(
+        Path,
+        "glob",
+        lambda path, pattern: [*real(path, pattern), *(p for p in found if p.match(pattern))],
+    )
+    assert sweep(tmp_path) == size + 5 * 8
+
+
 def test_room_is_that_of_the_disk_where_the_folder_will_be(tmp_path: Path) -> None:
     expected = shutil.disk_usage(tmp_path).free
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(expected, rel=0.1)

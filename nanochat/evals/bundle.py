@@ -12,9 +12,10 @@ import time
 import zipfile
 from pathlib import Path
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError
 from nanochat.distributed import broadcast_object, rank_and_world
 from nanochat.download import Patience, download
+from nanochat.progress import Progress
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_UNZIPPED = 2 << 30  # bytes; the real one is about 160 MB
@@ -50,10 +51,10 @@ def _fetch(bundle_dir: Path) -> None:
         raise UserError(f"{bundle_dir} exists but has no core.yaml; move it away")
     bundle_dir.parent.mkdir(parents=True, exist_ok=True)
     archive = bundle_dir.parent / "eval_bundle.zip"
-    print0(f"downloading {BUNDLE_URL}")
     # Somebody who is offline should not wait for minutes to hear of it
     patience = Patience(pause=lambda s: time.sleep(min(s, 2.0)))
-    download(BUNDLE_URL, archive, _check_zip, patience=patience)
+    with Progress(None, f"downloading {BUNDLE_URL}", "B") as bar:
+        download(BUNDLE_URL, archive, _check_zip, progress=bar.advance, patience=patience)
     unpack(archive, bundle_dir)
     archive.unlink()
 

@@ -20,14 +20,13 @@ from random import Random
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from nanochat.common import UserError, is_rank0, seed_from
 from nanochat.conversation import reply_text
 from nanochat.distributed import barrier, rank_and_world
 from nanochat.evals.control import shuffled_accuracy
 from nanochat.evals.items import Item, gather_rows, write_jsonl
+from nanochat.progress import Progress
 from nanochat.reply import split_reply
 from nanochat.tasks.common import Task
 
@@ -83,9 +82,8 @@ def run_chat_eval(
     mine = [(i, task[i]) for i in problems[rank::world]]
     was_training = model.training
     model.eval()
-    with Progress(console=Console(stderr=True), transient=True, disable=rank != 0) as progress:
-        bar = progress.add_task(task.name, total=len(mine))
-        run = _Run(task, model, tokenizer, batch_size, lambda n: progress.advance(bar, n), stopped)
+    with Progress(len(mine), task.name, "problems") as bar:
+        run = _Run(task, model, tokenizer, batch_size, bar.advance, stopped)
         if control and len(problems) > 1:
             run.other = dict(zip(problems, [*problems[1:], problems[0]]))
         if task.eval_type == "categorical":

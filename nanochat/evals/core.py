@@ -37,6 +37,7 @@ from nanochat.evals.bundle import BUNDLE_URL, has_bundle
 from nanochat.evals.control import majority_accuracy, shuffled_accuracy
 from nanochat.evals.items import gather_rows, write_jsonl
 from nanochat.evals.scoring import Probe, Score, common_length, crop, score_groups
+from nanochat.progress import Progress
 
 Item = dict[str, Any]
 
@@ -178,8 +179,10 @@ def score_task(
     model: Any,
     tokenizer: Any,
     stopped: Callable[[], bool] = lambda: False,
+    done: Callable[[int], None] = lambda n: None,
 ) -> list[list[Score]]:
-    """The scores of each of the rows `indices`; of fewer when `stopped()` turns true."""
+    """The scores of each of the rows `indices`; of fewer when `stopped()` turns true. `done(n)`
+    hears of n further rows."""
     scores: list[list[Score]] = []
     for at in range(0, len(indices), CHUNK):
         if stopped():
@@ -198,6 +201,7 @@ def score_task(
             for options in prompts
         ]
         scores += score_groups(model, probes)
+        done(len(chunk))
     return scores
 
 
@@ -288,24 +292,38 @@ def evaluate_core(
     model.eval()
     tasks = read_bundle(Path(bundle_dir))
     variance = 0.0
-    for number, task in enumerate(tasks, 1):
-        started = time.monotonic()
-        found = _evaluate_task(task, model, tokenizer, max_per_task, stopped, items_dir)
-        for key in by_task:
-            outcome[key][task.label] = found[key]
-        variance += (found["stderr"] / (1 - found["chance"])) ** 2
-        if stopped():
-            continue  # what is said would be wrong
-        beside = "".join(f"  {key} {found[key]:.4f}" for key in by_task[4:])
-        say(
-            f"{number:>2}/{len(tasks)} {task.label:<32} accuracy {found['results']:.4f} +- "
-            f"{found['stderr']:.4f}  centred {found['centered']:+.4f}  n {found['n']:>5}{beside}  "
-            f"{time.monotonic() - started:.0f}s"
-        )
+    with Progress(_count_rows(tasks, max_per_task), "CORE", "questions") as bar:
+        for number, task in enumerate(tasks, 1):
+            started = time.monotonic()
+            found = _evaluate_task(
+                task, model, tokenizer, max_per_task, stopped, items_dir, bar.advance
+            )
+            for key in by_task:
+                outcome[key][task.label] = found[key]
+            variance += (found["stderr"] / (1 - found["chance"])) ** 2
+            if stopped():
+                continue  # what is said would be wrong
+            beside = "".join(f"  {key} {found[key]:.4f}" for key in by_task[4:])
+            say(
+                f"{number:>2}/{len(tasks)} {task.label:<32} accuracy {found['results']:.4f} +- "
+                f"{found['stderr']:.4f}  centred {found['centered']:+.4f}  n {found['n']:>5}"
+                f"{beside}  {time.monotonic() - started:.0f}s"
+            )
     model.train(was_training)
     outcome["core_metric"] = sum(outcome["centered"].values()) / len(tasks)
     outcome["core_stderr"] = math.sqrt(variance) / len(tasks)
     return outcome
+
+
+def _count_rows(tasks: Sequence[CoreTask], max_per_task: int) -> int:
+    """How many of the rows of all tasks this rank evaluates."""
+    rank, world = rank_and_world()
+    count = 0
+    for task in tasks:
+        with open(task.path, "rb") as f:
+            total = sum(not line.isspace() for line in f)
+        count += len(evaluated_rows(task.label, total, max_per_task)[rank::world])
+    return count
 
 
 def _evaluate_task(
@@ -315,13 +333,14 @@ def _evaluate_task(
     max_per_task: int,
     stopped: Callable[[], bool],
     items_dir: Path | None,
+    done: Callable[[int], None],
 ) -> dict[str, float]:
     """One task's entries of the outcome, the same on every rank; its file, on the first."""
     items = read_items(task)
     rows = evaluated_rows(task.label, len(items), max_per_task)
     rank, world = rank_and_world()
     mine = rows[rank::world]
-    scores = score_task(task, items, mine, model, tokenizer, stopped)
+    scores = score_task(task, items, mine, model, tokenizer, stopped, done)
     right = sum(
         predict(task.kind, of_item) == gold(task, items[index])
         for of_item, index in zip(scores, mine)

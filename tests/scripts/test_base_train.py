@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from nanochat import text_source
 from nanochat.checkpoint import LOG, run_dir
 from nanochat.common import UserError, read_jsonl
+from tests.terminals_for_tests import on_a_terminal
 from tests.tiny_world import BASE_FLAGS, make_world, run_stage
 
 FLAGS = [*BASE_FLAGS, "--num_iterations=3", "--eval_every=-1"]
@@ -44,3 +46,24 @@ def test_the_cache_elsewhere_or_none_gives_the_same_run(
     monkeypatch.setattr(text_source, "free_bytes", lambda folder: 100)
     with pytest.raises(UserError, match=r"--token_cache_dir.*--stream"):
         run_stage("base_train", *FLAGS, "--model_tag=full")
+
+
+def test_each_step_is_a_line_in_a_log_and_the_same_line_on_a_terminal(
+    own_base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_world(own_base_dir)
+    line = (
+        r"base step {}/3 \| loss \d\.\d{{4}} \| val_bpb \d\.\d{{4}} \| [\d,]+ tok/s \| "
+        r"[\d:]+ (?:s|min), [\d:]+ (?:s|min) left"
+    )
+    flags = [*BASE_FLAGS, "--num_iterations=3", "--eval_every=2"]
+    run_stage("base_train", *flags)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    for step in (1, 2, 3):
+        assert len(re.findall(rf"(?m)^{line.format(step)}$", out)) == 1
+    program = "import sys; from tests.tiny_world import run_stage; run_stage(*sys.argv[1:])"
+    shown = on_a_terminal(program, "base_train", *flags, "--model_tag=again")
+    assert re.search(rf"━ {line.format(2)}", shown)  # beside a bar
+    assert re.search(rf"\x1b\[2K{line.format(3)}\r\n", shown)  # and the last one stays
+    assert re.search(r"\x1b\[2Kbase step 2: val_bpb \d\.\d{4}\r\n", shown)

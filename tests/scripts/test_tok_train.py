@@ -16,6 +16,7 @@ import pytest
 from nanochat import dataset
 from nanochat.common import UserError, read_jsonl
 from nanochat.dataset import text_size
+from nanochat.progress import Progress
 from nanochat.tokenizer import get_tokenizer
 from scripts import tok_train
 from scripts.tok_train import Args, Corpus, Meter
@@ -185,28 +186,29 @@ def test_where_rustbpe_is_the_older_one_it_gets_strings(
     assert get_tokenizer().fingerprint == ours
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_a_bar_or_lines(
-    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+def test_progress_tells_of_reading_and_of_merging(
+    base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")  # for rich, a terminal
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(tok_train, "LINE_SECONDS", 0.0)
+    clock = [0.0]
     corpus = Corpus(Args(data=None, max_chars=1000))
-    meter = Meter(corpus)
-    with meter.bar:
+    with Progress(1.0, "reading", clock=lambda: clock[0]) as bar:
+        meter = Meter(corpus, bar)
         for _ in zip(corpus, range(3)):
             pass
+        clock[0] += 20
         meter("count", 12345, 0)
-        meter.bar.refresh()
-        meter("merge", 100, 400)
-    said = capsys.readouterr().out
-    assert f"reading: {corpus.docs} documents, 0M characters" in said
-    assert "merging: 100 of 400 tokens" in said and "25%" in said
-    assert ("━" in said) == terminal
-    share = max(corpus.chars / 1000, corpus.chars / text_size(base / "base_data" / "a.jsonl"))
-    assert f"{share:.0%}" in said
+        share = max(corpus.chars / 1000, corpus.chars / text_size(base / "base_data" / "a.jsonl"))
+        left = round(20 / share - 20)
+        for done in (100, 200, 400):
+            clock[0] += 10
+            meter("merge", done, 400)
+    assert capsys.readouterr().err.splitlines() == [
+        f"reading: {corpus.docs} documents, 0M characters, {share:.0%}, {left} s left",
+        "merging: 100 of 400 tokens, 30 s so far",
+        "merging: 200 of 400 tokens, 10.0/s, 20 s left",
+        "merging: 400 of 400 tokens, 20.0/s, 0 s left",
+        "merging: 400 of 400 tokens in 50 s",
+    ]
 
 
 def test_own_data_of_one_file_keeps_its_validation_part_out(base: Path, tmp_path: Path) -> None:
