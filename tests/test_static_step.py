@@ -112,7 +112,7 @@ def test_a_step_that_does_not_compile_is_plain_and_says_why(
     model = tiny_model("gpt")
     idx = tokens_of(model, 2, 1)
     for compiled, reason in ((broken, "no C++ compiler"), (wrong, "other logits")):
-        monkeypatch.setattr(torch, "compile", lambda _, compiled=compiled: compiled)
+        monkeypatch.setattr(torch, "compile", lambda _, compiled=compiled, **__: compiled)
         cache = KVCache(model.config.n_layer, batch=2)
         with torch.no_grad():
             model(tokens_of(model, 2, 5), kv_cache=cache)
@@ -137,7 +137,7 @@ def test_torch_compile_takes_the_step_whole(arch: str, monkeypatch: pytest.Monke
 
     torch._dynamo.reset()
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: real(f, fullgraph=True, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, fullgraph=True, backend=backend))
     model = tiny_model(arch, n_layer=2)
     idx = tokens_of(model, 2, 150)
     naive = model(idx)
