@@ -100,9 +100,12 @@ class Step:
         self.model = model
         self.decode: Callable[..., Tensor] = decode
         if compile:
-            # Of the hundreds of guards those on weights and settings of the model, which do not
-            # change, would take longer than its matrix products
-            self.decode = torch.compile(_copied(decode), options={"guard_filter_fn": _of_inputs})
+            # Guards on weights and settings, which do not change here, and calls from Python would
+            # each be a twentieth of a small model's time
+            options: dict[str, Any] = {"guard_filter_fn": _of_inputs}
+            if model.get_device().type == "cpu":
+                options["cpp_wrapper"] = True
+            self.decode = torch.compile(_copied(decode), options=options)
         self.proven = not compile
         self._memory = Memory([], None, torch.empty(0))
         self._held: list[Any] = []  # the cache's memory that it shows
@@ -111,9 +114,7 @@ class Step:
         """(R, 1) ids -> (R, V) logits. The cache's lengths are its owner's to change."""
         memory = self.prepare(cache, idx.size(0))
         # What no row has reached need not be read
-        memory = memory._replace(
-            places=memory.places[: cache.end(1)], alone=idx.size(0) == 1
-        )
+        memory = memory._replace(places=memory.places[: cache.end(1)], alone=idx.size(0) == 1)
         if self.decode is not decode:
             torch._dynamo.maybe_mark_dynamic(memory.places, 0)
         return self.run(idx, torch.tensor(cache.lengths, device=idx.device), memory)
