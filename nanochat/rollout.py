@@ -20,8 +20,8 @@ import torch
 from nanochat.common import seed_from
 from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
-from nanochat.evals.chat import split_reply
 from nanochat.policy import PolicyBatch
+from nanochat.reply import split_reply
 from nanochat.rewards import Reward, checked
 
 

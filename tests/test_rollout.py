@@ -14,7 +14,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
-from nanochat.evals.chat import split_reply
+from nanochat.reply import split_reply
 from nanochat.rollout import (
     Rollouts,
     advantages,
