@@ -21,74 +21,25 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
-
-import tyro
 
 from nanochat import distributed, flags
 from nanochat.checkpoint import load_model
 from nanochat.common import UserError, get_base_dir
-from nanochat.engine import Engine, Sampling
+from nanochat.engine import Engine
 from nanochat.precision import choose_precision
 from nanochat.serving import make_ready
 from nanochat.terminal.chat import Chat
 from nanochat.terminal.commands import COMMANDS, is_command, message_of, run_command
 from nanochat.terminal.keyboard import make_reader, piped
+from nanochat.terminal.options import TerminalFlags, sampling_of
 from nanochat.terminal.screen import Screen
 
 INTERRUPTED = 130  # exit status of what Ctrl-C ended
 
 
 @dataclass
-class Args(flags.PrecisionFlags):
+class Args(TerminalFlags):
     """Talks to a trained model in the terminal."""
-
-    source: Annotated[flags.Source, flags.alias("-i")] = "sft"
-    """Stage whose checkpoint is used."""
-    model_tag: Annotated[str | None, flags.alias("-g")] = None
-    """Which model of that stage, for example d20; default: the newest."""
-    step: Annotated[int | None, flags.alias("-s")] = None
-    """Which checkpoint of that model; default: the last."""
-    prompt: Annotated[str, flags.alias("-p")] = ""
-    """Answer this and exit; empty: what comes through a pipe, or a conversation."""
-    json: bool = False
-    """Print one answer as a JSON object: text, parts, tokens, seconds, reason, ..."""
-    system: str = ""
-    """A system message."""
-    temperature: Annotated[float, flags.alias("-t")] = 0.6
-    """How freely tokens are chosen; 0: always the likeliest."""
-    top_k: Annotated[int, flags.alias("-k")] = 50
-    """Sample among the k likeliest tokens; 0: among all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
-    min_p: float = 0.0
-    """Sample among tokens at least this many times as probable as the likeliest."""
-    repetition_penalty: float = 1.0
-    """Above 1: what was said already becomes less likely."""
-    max_new_tokens: Annotated[int, flags.alias("-m")] = 256
-    """Longest reply, in tokens."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """End a reply before this text; may be given several times."""
-    seed: int = 42
-    """Seed of the sampling: the same conversation gets the same replies."""
-    tools: Literal["calculator", "python", "none"] = "calculator"
-    """What the model's tool calls may do. python: programs, in a sandbox."""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: the weights of the layers as 8-bit integers, half of the memory of 16-bit ones."""
-
-
-def sampling_of(args: Args) -> Sampling:
-    """How replies are chosen. UserError names the flag whose value means nothing."""
-    sampling = Sampling(
-        max_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k or None,
-        top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
-        seed=args.seed, stop=args.stop,
-    )  # fmt: skip
-    try:
-        sampling.check()
-    except UserError as e:
-        raise UserError("--" + str(e).replace("max_tokens", "max_new_tokens")) from e
-    return sampling
 
 
 def answer(chat: Chat, screen: Screen, text: str) -> bool:

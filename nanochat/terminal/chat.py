@@ -25,6 +25,7 @@ from nanochat.common import UserError, atomic_write, get_base_dir, read_jsonl, s
 from nanochat.conversation import Message, Part, check_conversation, reply_text
 from nanochat.reply import Event, ReplyStream, fit_conversation
 from nanochat.sampling import Sampling
+from nanochat.tokenizer import without_surrogates
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Chat:
             raise UserError(f"{path} is there already; save under another name")
         try:
             with atomic_write(path, "w") as f:
-                f.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                line = json.dumps({"messages": self.messages}, ensure_ascii=False)
+                f.write(without_surrogates(line) + "\n")
         except OSError as e:
             raise UserError(f"{path} cannot be written: {e.strerror or e}") from e
         self.file = path

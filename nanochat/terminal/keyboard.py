@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,24 +107,41 @@ def private_file(path: Path) -> Path | None:
 def _session(history: Path, words: list[str]) -> Any:
     """prompt_toolkit's line editor with our keys."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import NestedCompleter, PathCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.shortcuts import CompleteStyle
 
     file = private_file(history)  # a folder that cannot be written to: a history of this session
-    paths = PathCompleter(expanduser=True)
-    files = {"/save": paths, "/load": paths}
     return PromptSession(
         [("bold", "You: ")],
         multiline=True,  # Enter sends by our own rule
         prompt_continuation="     ",
         key_bindings=_keys(),
         history=FileHistory(str(file)) if file else InMemoryHistory(),
-        completer=NestedCompleter.from_nested_dict({word: files.get(word) for word in words}),
+        completer=_completer(words),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
         enable_suspend=True,
     )
+
+
+def _completer(words: list[str]) -> Any:
+    """Completes a command, and the file behind one."""
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    paths = PathCompleter(expanduser=True)
+
+    class Commands(Completer):
+        def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+            typed = document.text_before_cursor
+            command, space, rest = typed.partition(" ")
+            if not space:
+                found = [word for word in words if typed and word.startswith(typed)]
+                yield from (Completion(word, start_position=-len(typed)) for word in found)
+            elif command in ("/save", "/load"):
+                yield from paths.get_completions(Document(rest), event)
+
+    return Commands()
 
 
 def _keys() -> Any:
