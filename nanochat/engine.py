@@ -58,6 +58,11 @@ class Engine:
         self._threads: ThreadPoolExecutor | None = None
         self.step: Step | None = make_step(step, model)
 
+    @property
+    def device(self) -> Any:
+        """The torch.device on which the model computes."""
+        return self.model.get_device()
+
     # ---- what a scheduler asks for
 
     @property

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import codecs
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Literal
@@ -219,12 +220,17 @@ def fit_conversation(
     UserError if the last message alone is too long."""
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = list(messages[len(system) :])
-    ids: list[int] = []
-    for dropped in range(0, len(turns), 2):
-        ids = tokenizer.render_for_completion({"messages": [*system, *turns[dropped:]]})
-        if len(ids) + room <= context:
-            return ids, dropped
+
+    def render(dropped: int) -> list[int]:
+        return tokenizer.render_for_completion({"messages": [*system, *turns[dropped:]]})
+
+    # Halving, as a prompt only gets shorter: rendering anew for each of thousands of exchanges
+    # would take a server's time away from everybody.
+    choices = range(0, len(turns), 2)
+    at = bisect_left(choices, True, key=lambda n: len(render(n)) + room <= context)
+    if at < len(choices):
+        return render(choices[at]), choices[at]
     raise UserError(
-        f"this message has {len(ids)} tokens; the model's context is {context}, of which {room} "
-        "are kept for the reply. Say it shorter"
+        f"this message has {len(render(choices[-1]))} tokens; the model's context is {context}, "
+        f"of which {room} are kept for the reply. Say it shorter"
     )
