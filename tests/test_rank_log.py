@@ -116,8 +116,12 @@ def test_the_first_failure_is_what_one_sees_first(
     lines = done.stdout.splitlines()
     said = [line for line in lines if "error" in line.lower() or "Traceback" in line]
     pattern = first if how in ("all", "kill") else re.escape(first)
-    assert re.match(pattern, said[0]), done.stdout
-    assert len(re.findall(pattern, done.stdout)) == 1
+    if how == "kill" and not re.match(pattern, said[0]):
+        # torchrun may be quicker to end the others than they are to notice: then it is what speaks
+        assert re.search(r"failed \(exitcode: -9\) local_rank: 1 ", done.stdout), done.stdout
+    else:
+        assert re.match(pattern, said[0]), done.stdout
+        assert len(re.findall(pattern, done.stdout)) == 1
     assert then in done.stdout
     before_torchrun = done.stdout.partition("torch/distributed/elastic")[0]
     assert before_torchrun.count("Traceback") == (how == "raise")
