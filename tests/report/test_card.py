@@ -13,7 +13,8 @@ from nanochat import flags
 from nanochat.checkpoint import LOG, STAGE_FOLDERS
 from nanochat.common import UserError
 from nanochat.report.__main__ import Args, main
-from nanochat.report.card import duration, percent, show, table, write_report
+from nanochat.report.card import write_report
+from nanochat.report.tables import duration, percent, show, table
 
 
 @pytest.fixture
@@ -80,14 +81,16 @@ def test_a_whole_run(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "- Machine: 2 x G, Some CPU, 2 cores" in lines
-    assert "- Versions: torch 9" in lines
-    assert "- Training time, all stages: 1m 31s" in lines
+    assert "| machine | 2 x G, Some CPU, 2 core(s) |" in lines
+    assert "| torch | 9 |" in lines
+    assert "| training time | 1m 31s |" in lines
+    assert "- **1.2500** bits per byte, validation" in lines
+    assert "- **40.0 ± 3.0** % of unseen problems solved (rl)" in lines
     base = "| base | d4 | 1,234,567 | 3 | 300 | 1m 1s | 5,000 | val_bpb 3.0000 -> 1.2500 |"
     assert base in lines
     assert base in [" ".join(line.split()) for line in shown.splitlines()]
     assert any("pass1 0.3000 ± 0.0200 -> 0.4000 ± 0.0300" in line for line in lines)
-    assert "| gsm8k | 100 | | 50.0 ± 5.0 | 60.0 ± 5.0 |" in lines
+    assert "| gsm8k | 100 | 0.0 | 50.0 ± 5.0 | 60.0 ± 5.0 |" in lines
     assert "| mmlu | 100 | 25.0 | | 80.0 ± 5.0 |" in lines
     assert "| replies that end by themselves | | | | 90.0 |" in lines
     assert "| vocab_size | 4,096 |" in lines and "| vocab_size | 1 |" not in lines

@@ -14,11 +14,12 @@ from nanochat.common import UserError
 from nanochat.report.compare import (
     MEASURES,
     compare_text,
+    comparison_panels,
     curve,
     load_run,
-    plot_comparison,
     reached,
     shared_measures,
+    write_comparison,
 )
 from scripts.compare import Args, main
 
@@ -121,7 +122,11 @@ def test_runs_without_a_measure_in_common_have_no_picture(tmp_path: Path) -> Non
     rl.evals, rl.rl = {}, {3: {"reward": 0.5}}
     base = load_run(write_run("a", [4.0, 2.0]))
     assert shared_measures((rl, base)) == []
-    assert not plot_comparison(rl, base, tmp_path / "none.png")
+    assert not comparison_panels(rl, base)
+    assert write_comparison(rl, base, tmp_path / "none.png") == [
+        *(tmp_path / name for name in ("none.md", "none.html"))
+    ]
+    assert not (tmp_path / "none.png").exists()
     assert "different stages" in compare_text(rl, base)
 
 

@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from nanochat.report.plot import plot_runs, smoothed
+from nanochat.report.plot import run_panels, save_panels, smoothed
 from nanochat.report.runs import Run
 
 
@@ -23,7 +23,7 @@ def run_of(stage: str, values: list[float]) -> Run:
 
 
 def test_nothing_to_draw_makes_no_file(tmp_path: Path) -> None:
-    assert not plot_runs([Run("base", "d4")], tmp_path / "loss.png")
+    assert not save_panels(run_panels([Run("base", "d4")]), tmp_path / "loss.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -34,13 +34,13 @@ def test_nothing_to_draw_makes_no_file(tmp_path: Path) -> None:
 def test_odd_curves_are_drawn(tmp_path: Path, values: list[float]) -> None:
     run = run_of("base", values)
     run.evals = {1: {"val_bpb": values[-1]}}
-    assert plot_runs([run], tmp_path / "loss.png")
+    assert save_panels(run_panels([run]), tmp_path / "loss.png")
 
 
 def test_every_stage_gets_a_panel(tmp_path: Path) -> None:
     def size(*stages: str) -> tuple[int, int]:
         runs = [run_of(stage, [3.0, 2.0, 1.0]) for stage in stages]
-        plot_runs(runs, tmp_path / "loss.png")
+        save_panels(run_panels(runs), tmp_path / "loss.png")
         picture = matplotlib.image.imread(tmp_path / "loss.png")
         assert picture[..., :3].std() > 0.01  # not blank
         return picture.shape[1], picture.shape[0]
