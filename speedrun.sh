@@ -65,7 +65,7 @@ else
     # GPU: d20, 561M parameters. Chinchilla's 20 tokens a parameter: 11.2B tokens. At 4.8 characters
     # a token that is 54B characters; a shard holds 0.25B: 216 shards, and a few to spare: 240.
     # 11.2B tokens x 6 x 477M matmul parameters (all but the embedding) and attention: 4e19 FLOPs,
-    # 2.8 hours on 8 H100 at 40% of their 989 TFLOP/s.
+    # 3.4 hours on 8 H100 at 40% of their 989 TFLOP/s; `python -m scripts.plan --depth=20` has more.
     train() { torchrun --standalone --nproc_per_node="$NPROC" -m "$@"; }
     python -m nanochat.dataset -n 8
     python -m nanochat.dataset -n 240 &   # the rest, while the tokenizer trains on 2B characters

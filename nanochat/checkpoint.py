@@ -11,7 +11,12 @@ Checkpoints: one format for every stage, whole or not there, and no pickle.
         manifest.json        size and SHA-256 of the files above, and of itself
 
 A checkpoint is written to a temporary folder, flushed, and renamed: a kill at any moment leaves it
-there or not. Loading compares the manifest first. Floor 3.
+there or not. Loading compares the manifest first.
+
+The format is one, whatever --shard and the number of ranks. Where tensors are sharded they come
+together on rank 0 one after the other, into its host's memory, of which a node has more than its
+GPUs; any number of ranks reads back its own rows. PyTorch's distributed checkpoints would need no
+rank to hold them all, but keep an index that is a pickle, and make two formats of one. Floor 3.
 """
 
 from __future__ import annotations
@@ -24,11 +29,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nanochat.common import UserError, get_base_dir, print0, read_json, warn0, write_json
-from nanochat.distributed import barrier, rank_and_world
-from nanochat.lora import has_lora, merge_lora
+from nanochat.communication import Ranks, row_parts
+from nanochat.distributed import barrier, local, local_rows, rank_and_world, shard_group
+from nanochat.lora import has_lora, merged_rows
 from nanochat.manifest import find_damage, flush, read_manifest, seal
 from nanochat.models import build_model, config_from_dict, config_to_dict
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -138,20 +144,30 @@ def save_checkpoint(
     `meta` must be JSON; the step and the model's config are added. Raises UserError when the disk
     is too small. Trainer.save does the same in the background."""
     folder = step_dir(source, tag, step)
+    weights = snapshot(model.state_dict())
     if rank_and_world()[0] == 0:
         full = {**meta, "step": step, "config": config_to_dict(model.config)}
-        write_checkpoint(folder, snapshot(model.state_dict()), optim_state, full, keep_last)
+        write_checkpoint(folder, weights, optim_state, full, keep_last)
     barrier()
     return folder
 
 
 def snapshot(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies in the host's memory, also of what is there already: training goes on while they are
-    written."""
-    return {
-        name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, t in tensors.items()
-    }
+    """Copies in the memory of rank 0's host ({} elsewhere), also of what is there already: training
+    goes on while they are written. All ranks must call it, for those tensors that are sharded."""
+    result = {}
+    for name, t in tensors.items():
+        whole: torch.Tensor | None = t.detach()
+        if shard_group(t) is not None:
+            ranks = Ranks.of([t])
+            if not ranks.has_rank0:
+                continue
+            whole = ranks.to_rank0(
+                local(t.detach()), row_parts(t.shape, ranks.size), t.shape, local(t.detach())
+            )
+        if whole is not None and rank_and_world()[0] == 0:
+            result[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return result
 
 
 def write_checkpoint(
@@ -322,20 +338,24 @@ def read_meta(folder: Path, check: bool = True) -> dict[str, Any]:
 
 def load_weights(folder: Path, model: Any) -> None:
     """Fills the model; missing, extra or misshapen tensors are refused by name. What LoRA trained
-    is merged into a plain model."""
+    is merged into a plain model. Of a sharded model a rank reads its own rows: the file is mapped,
+    one tensor after the other, and no more of it is read than is copied."""
     try:
-        tensors = load_file(folder / "model.safetensors", device=str(model.get_device()))
-    except SafetensorError as e:
+        file = safe_open(folder / "model.safetensors", framework="pt")
+    except (OSError, SafetensorError) as e:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {e}") from e
     own = model.state_dict()
-    if not has_lora(own):
-        merge_lora(tensors)
-    wrong = sorted(set(own) ^ set(tensors)) or sorted(
-        name for name in own if own[name].shape != tensors[name].shape
-    )
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    merge = has_lora(shapes) and not has_lora(own)
+    plain = {name for name in shapes if not (merge and has_lora([name]))}
+    wrong = sorted(set(own) ^ plain) or sorted(n for n in own if tuple(own[n].shape) != shapes[n])
     if wrong:
         raise UserError(f"{folder} does not fit the model: {', '.join(wrong[:5])}")
-    model.load_state_dict(tensors)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            mine = local(tensor.detach())
+            beside = shapes if merge else {}
+            mine.copy_(merged_rows(file.get_tensor, beside, name, local_rows(tensor), mine.device))
 
 
 def optim_reader(folder: Path) -> Callable[[str], torch.Tensor]:

@@ -22,6 +22,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from nanochat import rank_log
 from nanochat.common import UserError, get_base_dir
 from nanochat.flags import RANK_TIMEOUT
 from nanochat.heartbeat import Heartbeat, lost_contact
@@ -136,9 +137,14 @@ def _group(info: DistInfo, timeout: float) -> Iterator[None]:
         yield
     except Exception as e:
         lost = lost_contact(e)
-        if lost and (explained := heartbeat.explain(e)) is not e:
+        # What a rank of this node has said, or that it was killed, is known at once
+        known = lost and rank_log.another_failed(rank_log.PATIENCE)
+        if lost and not known and (explained := heartbeat.explain(e)) is not e:
+            rank_log.report(explained)
             raise explained from e
-        heartbeat.stop(f"{type(e).__name__}: {e}")  # the others will ask why we are gone
+        rank_log.report(e)  # before the others notice that this one has left
+        if not known:
+            heartbeat.stop(f"{type(e).__name__}: {e}")  # the others will ask why we are gone
         raise
     finally:
         _watch.clear()
@@ -260,6 +266,32 @@ def max_over_ranks(value: float, device: torch.device | str = "cpu") -> float:
     tensor = torch.tensor(value, dtype=torch.float32, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor: all of it, unless it is sharded (a DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard_group(tensor: torch.Tensor) -> dist.ProcessGroup | None:
+    """The ranks over which a tensor's rows are shared out; None if they are not."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return None if mesh is None else mesh.get_group(mesh.ndim - 1)
+
+
+def shard_rows(num_rows: int, rank: int, size: int) -> tuple[int, int]:
+    """(first, one past the last) of the rows that a rank of `size` holds, as PyTorch's Shard(0) and
+    torch.chunk have it: all ranks as many, rounded up, until there are no more."""
+    each = -(-num_rows // size)
+    return min(rank * each, num_rows), min((rank + 1) * each, num_rows)
+
+
+def local_rows(tensor: torch.Tensor) -> tuple[int, int]:
+    """The rows of a tensor that this rank holds; all of them unless it is sharded."""
+    group = shard_group(tensor)
+    if group is None:
+        return 0, len(tensor) if tensor.ndim else 1
+    return shard_rows(len(tensor), group.rank(), group.size())
 
 
 def barrier() -> None:

@@ -29,6 +29,7 @@ from nanochat.schedule import (
     lr_multiplier,
     muon_momentum,
 )
+from nanochat.shard import gathered
 from nanochat.start import Start, continued_optimizer, inherit, start_from
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
@@ -195,6 +196,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         settled = _settle(args, model, info)
     if settled is None:
         return preview_conversations(mixture, source, reader, tokenizer, validation)
+    model = start.place(args, info, settled[1])
     print0(f"{mixture.describe(source.counts)}\n{source.account()}\nvalidation: {validation}")
     val_reader = None
     if val_mixture is not None:
@@ -230,8 +232,10 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             trainer.record(val_loss=validation_loss(args, trainer, val_reader, micro_batch))
         if chat_tasks and trainer.is_due(args.chat_eval_every, at_start=True):
             trainer.record("eval", **chat_metrics(args, trainer, tokenizer, chat_tasks))
-        if trainer.is_due(args.sample_every, at_start=True) and info.rank == 0:
-            sample_replies(trainer, tokenizer, args.sample_prompts)
+        if trainer.is_due(args.sample_every, at_start=True):
+            with gathered(model):
+                if info.rank == 0:
+                    sample_replies(trainer, tokenizer, args.sample_prompts)
         if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
@@ -249,7 +253,10 @@ def optimizer_of(args: ConversationFlags, start: Start, info: distributed.DistIn
         return lora.adapt(start.model, args)
     rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
     return continued_optimizer(
-        lambda: make_optimizer(start.model, *rates, args.init_lr_frac), args, start, info.device
+        lambda: make_optimizer(start.model, *rates, args.init_lr_frac, shard=args.shard),
+        args,
+        start,
+        info.device,
     )
 
 

@@ -17,6 +17,8 @@ The text under a field is its help. Dashes and underscores are the same, `--flag
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from nanochat import rank_log
 from nanochat.common import UserError, print0
 
 T = TypeVar("T")
@@ -64,19 +67,38 @@ def typed(args: Any) -> list[str] | None:
 
 
 def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and calls main(args). A UserError ends as one readable message."""
-    args = parse(args_class, argv)
+    """Parses the command line and calls main(args). A UserError ends as one readable message.
+
+    Of several ranks the one that fails first is heard, also if it fails alone (a file missing on
+    one node): see rank_log.py."""
+    args = _parse_as_a_rank(args_class, argv) if rank_log.start() else parse(args_class, argv)
     try:
         main(args)
     except UserError as e:
-        # A rank that fails alone (a file missing on one node) must be heard, so each one speaks.
-        rank = os.environ.get("RANK", "0")
-        who = "error" if rank == "0" else f"error (rank {rank})"
-        print(f"{who}: {e}", file=sys.stderr, flush=True)
+        if not rank_log.report(e):
+            rank = os.environ.get("RANK", "0")
+            who = "error" if rank == "0" else f"error (rank {rank})"
+            print(f"{who}: {e}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except Exception as e:
+        if not rank_log.report(e):
+            raise
         sys.exit(1)
     except KeyboardInterrupt:
         print0("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _parse_as_a_rank(args_class: type[T], argv: Sequence[str] | None) -> T:
+    """parse(), whose refusal one of the ranks shows, not each of them."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse(args_class, argv)
+    except SystemExit as e:
+        if e.code:
+            rank_log.report(UserError(f"the command line\n{said.getvalue()}"))
+        raise
 
 
 @dataclass
@@ -119,6 +141,12 @@ class TrainFlags(PrecisionFlags):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step. auto: where a trial shows that it works, on a CPU only for a run
     that is long enough to gain by it."""
+    shard: Literal["auto", "none", "zero", "fsdp", "hsdp"] = "auto"
+    """What several ranks share out. none: nothing, each keeps the whole optimizer state; zero: the
+    optimizer state; fsdp: weights and gradients too, for models that do not fit; hsdp: these within
+    a node, and each node has all. auto: zero if that fits. Results stay the same."""
+    shard_size: int = -1
+    """Ranks over which --shard=hsdp shares out one copy; -1: those of a node."""
     fp8: bool = False
     """Compute the large inner matrix products of training in 8 bits (GPUs from Ada and Hopper on).
     Worth it from about a billion parameters."""
@@ -252,9 +280,9 @@ FREE_ON_RESUME = frozenset(
     [
         # where it runs, how it is shown, when it is measured and saved
         "run", "model_tag", "rank_timeout", "device_type", "device_batch_size",
-        "activation_checkpointing", "dtype",
-        "compile", "preview", "resume", "repeats", "dry_run", "resume_from_step",
-        "allow_changes", "token_cache_dir", "stream", "eval_every",
+        "activation_checkpointing", "dtype", "compile", "shard", "shard_size", "preview", "resume",
+        "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream",
+        "eval_every",
         "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         "chat_eval_every", "chat_eval_tasks", "chat_eval_problems", "chat_eval_max_new_tokens",

@@ -26,6 +26,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from nanochat import rank_log
 from nanochat.common import UserError
 from nanochat.meeting import connect
 
@@ -181,8 +182,9 @@ class Heartbeat:
     def _end(self, message: str) -> None:
         """The main thread is in a wait that nothing breaks off, so the process ends here."""
         if self._speaking.first():
-            who = "error" if self.rank == 0 else f"error (rank {self.rank})"
-            _print(f"{who}: {message}")
+            if not rank_log.report(UserError(message)):
+                who = "error" if self.rank == 0 else f"error (rank {self.rank})"
+                _print(f"{who}: {message}")
             os._exit(1)
 
     # ---------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ three copies of them do not. B is zero at the start: the first step sees the mod
 
 A checkpoint of such a run holds W, A and B, which is what an exact resume needs. Whoever loads it
 into a plain model (chat, evaluation, export, the next stage) gets W + (alpha / rank) B A under the
-plain names: see merge_lora and checkpoint.load_weights. Floor 2.25.
+plain names: see merged_rows and checkpoint.load_weights. Floor 2.25.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -95,11 +96,11 @@ def _add_matrices(linear: LoraLinear, rank: int, alpha: float, generator: torch.
     linear.register_buffer("lora_scale", torch.full((), alpha / rank, device=device))
 
 
-def lora_optimizer(model: Any, lr: float) -> MuonAdamW:
+def lora_optimizer(model: Any, lr: float, shard: str = "zero") -> MuonAdamW:
     """AdamW, as in the paper, of what has gradients, and of nothing else. Muon's steps would be of
     full rank in A and B, whose product alone means something."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return MuonAdamW([ParamGroup("adamw", params, lr, betas=(0.9, 0.999), eps=1e-8)])
+    return MuonAdamW([ParamGroup("adamw", params, lr, betas=(0.9, 0.999), eps=1e-8)], shard)
 
 
 def adapt(model: Any, args: Any) -> MuonAdamW:
@@ -109,7 +110,7 @@ def adapt(model: Any, args: Any) -> MuonAdamW:
         raise UserError("--fp8 computes in the matrices that --lora_rank freezes; leave --fp8 away")
     num_params = sum(p.numel() for p in model.parameters())
     count = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-    optimizer = lora_optimizer(model, args.lora_lr)
+    optimizer = lora_optimizer(model, args.lora_lr, args.shard)
     trained = sum(p.numel() for p in optimizer.named.values())
     print0(
         f"LoRA of rank {args.lora_rank} beside {count} matrices: {trained:,} parameters are "
@@ -123,9 +124,21 @@ def has_lora(names: Any) -> bool:
     return any(name.endswith(SUFFIXES) for name in names)
 
 
-def merge_lora(tensors: dict[str, Tensor]) -> None:
-    """Merges LoRA's matrices into those beside which they stand, in place, one at a time; a state
-    dict without any stays as it is. What is left has the plain model's names."""
-    for name in [n.removesuffix(".lora_a") for n in tensors if n.endswith(".lora_a")]:
-        a, b, scale = (tensors.pop(name + suffix) for suffix in SUFFIXES)
-        tensors[f"{name}.weight"].addmm_(b, a, alpha=float(scale))
+def merged_rows(
+    get: Callable[[str], Tensor],
+    names: Container[str],
+    name: str,
+    rows: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """Those rows (first, one past the last) of the tensor of that name that `get` gives; if there
+    are LoRA's matrices beside it among `names`, merged with them, as a plain model has it."""
+    tensor = get(name)
+    if not tensor.ndim:
+        return tensor
+    some, stem = slice(*rows), name.removesuffix(".weight")
+    if f"{stem}.lora_a" not in names:
+        return tensor[some]
+    a, b, scale = (get(stem + suffix) for suffix in SUFFIXES)
+    merged = (tensor[some].to(device), b[some].to(device), a.to(device))
+    return torch.addmm(*merged, alpha=float(scale))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -234,6 +234,15 @@ class MemoryTrace(TorchDispatchMode):
         self.current[old] -= size
         self.current[name] += size
 
+    def forget(self, t: Tensor) -> None:
+        """Counts a tensor no more, whose memory is accounted for elsewhere."""
+        self.rename(t, "elsewhere")
+        key = t.untyped_storage()._cdata
+        reference, size, _ = self._live[key]
+        self._live[key] = (reference, 0, "elsewhere")
+        self.total -= size
+        self.current["elsewhere"] = 0
+
     def keep_roots(self) -> Any:
         """For the forward pass of a compiled model: what can be made again is not kept."""
 
@@ -259,7 +268,10 @@ class TrainingTrace:
 
     `model` lies on the meta device. `bf16`: matrix products and attention run under autocast.
     `on_cuda`: what tensors say when they are asked. `accumulates`: a step has several
-    micro-batches, so that gradients are there already when one begins."""
+    micro-batches, so that gradients are there already when one begins.
+
+    `shares` are what a rank holds of the parameters if they are sharded: the optimizer's. Then the
+    micro-batch's parts lack weights and gradients, which come and go."""
 
     def __init__(
         self,
@@ -270,16 +282,27 @@ class TrainingTrace:
         on_cuda: bool = False,
         compiled: bool = False,
         accumulates: bool = True,
+        shares: Sequence[Any] = (),
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.bf16, self.on_cuda = bf16, on_cuda
         self.compiled, self.accumulates = compiled, accumulates
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.trace = MemoryTrace(model.config.vocab_size)
+        self.shares = shares
+        # LoRA's matrices are whole on every rank, beside frozen weights in shares
+        self.whole = [] if any(share.requires_grad for share in shares) else self.params
         for t in [*model.parameters(), *model.buffers()]:
             self.trace._note(t)
         for p in self.params:
-            p.register_post_accumulate_grad_hook(lambda p: self.trace.rename(p.grad, "gradients"))
+            p.register_post_accumulate_grad_hook(self._accumulated)
+        if shares:
+            kept = {id(p) for p in self.whole}
+            for t in model.parameters():
+                if id(t) not in kept:
+                    self.trace.forget(t)
+            for share in shares:
+                self.trace._note(share.held)
         # The state of an optimizer is what its first step leaves behind; the second shows its peak.
         with self._tracing():
             for part in ("optimizer", "workspace of the optimizer"):
@@ -288,6 +311,9 @@ class TrainingTrace:
                 with self.trace.part(part):
                     self.optimizer.step(1.0, grad_clip=1.0)
         self.optimizer_parts = self.trace.parts
+        for share in shares:
+            share.grad = None
+            self.trace.forget(share.held)
 
     @contextmanager
     def _tracing(self) -> Iterator[_StandIns]:
@@ -304,9 +330,21 @@ class TrainingTrace:
             stack.enter_context(self.trace)
             yield stack.enter_context(_StandIns(self.trace, self.bf16))
 
+    def _accumulated(self, p: Tensor) -> None:
+        """A gradient is there; a sharded one is on its way to those that hold its rows."""
+        assert p.grad is not None
+        if self.whole:
+            self.trace.rename(p.grad, "gradients")
+        else:
+            self.trace.forget(p.grad)
+            p.grad = None
+
     def _gradients(self) -> None:
         with self.trace.part("gradients"):
-            for p in self.params:
+            for share in self.shares:
+                if share.requires_grad:
+                    share.grad = torch.empty_like(share.held)
+            for p in self.whole:
                 p.grad = torch.empty_like(p)
 
     def micro_batch(self, batch: int, length: int) -> dict[str, int]:
@@ -315,7 +353,7 @@ class TrainingTrace:
         with self._tracing() as stand:
             for p in self.params:
                 p.grad = None
-            if self.accumulates:
+            if self.accumulates and self.whole:
                 self._gradients()
             trace.restart()
             idx = torch.empty((batch, length), dtype=torch.int64, device="meta")
@@ -330,7 +368,7 @@ class TrainingTrace:
         return trace.parts
 
     def _backward(self, loss: Tensor) -> None:
-        if not self.compiled:
+        if not self.compiled or self.shares:  # block by block
             loss.backward()
             return
         # A compiled backward pass gives all gradients at its end, and only then are they added.

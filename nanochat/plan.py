@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError, print0
+from nanochat.communication import PretendRanks, PretendShare
 from nanochat.compiling import choose_compile
 from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import TrainFlags
@@ -27,9 +28,10 @@ from nanochat.lora import add_lora, lora_optimizer
 from nanochat.machine import free_memory
 from nanochat.memory_trace import TrainingTrace
 from nanochat.models import ARCHITECTURES, Config, arch_of
-from nanochat.optim import make_optimizer
+from nanochat.optim import MuonAdamW, ParamGroup, make_optimizer
 from nanochat.precision import choose_precision
-from nanochat.recompute import MODES, Mode, recompute
+from nanochat.recompute import MODES, Mode, blocks_of, recompute
+from nanochat.shard import shard_size
 
 # What a CUDA process takes besides its tensors: context and kernels (0.3 to 0.5 GB on recent
 # drivers), cuBLAS's workspaces, and what the allocator cannot use of its blocks.
@@ -41,9 +43,6 @@ CPU_MICRO_BATCH_TOKENS = 2048
 GPU_MICRO_BATCH_TOKENS = 65_536
 # With fewer, a GPU's matrix products are too thin: recomputing activations costs less than that.
 SENSIBLE_TOKENS = 4096
-# Bytes of a step's activations in float32, nothing fused: at most so many for each token, layer
-# and channel, or token and vocabulary entry. Twice what the models need (tests/test_plan.py).
-ROOMY_LAYER, ROOMY_LOGITS = 200, 40
 
 # Rows of the table, and the parts of the trace that each of them adds up.
 ROWS = {
@@ -65,6 +64,8 @@ class Setup:
     compiled: bool = True
     world_size: int = 1
     lora_rank: int = 0
+    shard: str = "zero"
+    shard_size: int = 1  # ranks over which fsdp and hsdp share out one copy
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,14 @@ class Memory:
     optimizer_step: dict[str, int]
 
     @property
+    def fullest(self) -> dict[str, int]:
+        """Bytes by part at the fuller of the two moments."""
+        return max(self.micro_batch, self.optimizer_step, key=lambda parts: sum(parts.values()))
+
+    @property
     def total(self) -> int:
         """Peak in bytes."""
-        return max(sum(self.micro_batch.values()), sum(self.optimizer_step.values()))
+        return sum(self.fullest.values())
 
     def table(self) -> str:
         """Rows for people, in GB (10^9 bytes)."""
@@ -106,8 +112,8 @@ class Planner:
     config: Config
     setup: Setup
     rows: int  # of a step on one rank
-    _found: dict[Any, Memory] = field(default_factory=dict)
-    _trace: TrainingTrace | None = None
+    _found: dict[Any, Memory] = field(default_factory=dict, init=False)
+    _trace: TrainingTrace | None = field(default=None, init=False)
 
     def memory(self, batch: int, mode: Mode = "none", length: int | None = None) -> Memory:
         """Of a step with `batch` rows in a micro-batch. About a second for 20 layers."""
@@ -118,25 +124,66 @@ class Planner:
             trace.accumulates = self.rows > batch
             recompute(trace.model, mode)
             parts = trace.micro_batch(batch, length)
+            if self.is_sharded:
+                parts = {**parts, **self._come_and_go(trace)}
+                parts["optimizer"] = trace.optimizer_parts.get("optimizer", 0)
             self._found[key] = Memory(batch, length, mode, parts, trace.optimizer_parts)
         return self._found[key]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds shares of the weights."""
+        return self.setup.shard in ("fsdp", "hsdp") and self.setup.shard_size > 1
 
     def _start(self) -> TrainingTrace:
         with torch.device("meta"):
             model = ARCHITECTURES[arch_of(self.config)][0](self.config)
+        frozen = list(model.parameters()) if self.setup.lora_rank else []
         if self.setup.lora_rank:
             add_lora(model, self.setup.lora_rank, alpha=1.0)
-            optimizer = lora_optimizer(model, 1.0)
+            groups = lora_optimizer(model, 1.0).groups
         else:
-            optimizer = make_optimizer(model, 1.0, 1.0, 1.0)  # rates take no memory
-        _largest_share(optimizer, self.setup.world_size)
+            groups = make_optimizer(model, 1.0, 1.0, 1.0).groups  # rates take no memory
+        setup, shares = self.setup, []
+        if self.is_sharded:
+            shares = [PretendShare(p, setup.shard_size) for p in frozen]
+            for group in [] if frozen else groups:  # LoRA's matrices are whole on every rank
+                of_group: Any = {
+                    n: PretendShare(p, setup.shard_size) for n, p in group.params.items()
+                }
+                group.params = of_group
+                shares += of_group.values()
+        if self.is_sharded and not frozen:
+            optimizer = MuonAdamW(groups, ranks=PretendRanks(0, setup.shard_size))
+        else:
+            optimizer = _of_fullest_rank(groups, setup.shard, setup.world_size)
         return TrainingTrace(
             model,
             optimizer,
-            bf16=self.setup.bf16,
-            on_cuda=self.setup.device_type == "cuda",
-            compiled=self.setup.compiled,
+            bf16=setup.bf16,
+            on_cuda=setup.device_type == "cuda",
+            compiled=setup.compiled,
+            shares=shares,
         )
+
+    def _come_and_go(self, trace: TrainingTrace) -> dict[str, int]:
+        """Bytes of sharded weights and gradients in a micro-batch: a rank's own rows, and what is
+        whole at the fullest moment. Embedding and head are so from the first block to the end, a
+        block's weights while it computes and the next one's come, each from a buffer of its own."""
+        blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(trace.model)]
+        outside = sum(p.nbytes for p in trace.model.parameters()) - sum(blocks)
+        own = sum(share.held.nbytes for share in trace.shares)
+        held = {"weights": own + outside + 3 * max(blocks)}
+        if not self.setup.lora_rank:  # whose gradients are whole on every rank
+            held["gradients"] = own + 2 * outside + 2 * max(blocks)
+        return held
+
+    def weights(self) -> int:
+        """Bytes of a copy of the weights on one rank."""
+        with torch.device("meta"):
+            model = ARCHITECTURES[arch_of(self.config)][0](self.config)
+        size = self.setup.shard_size if self.is_sharded else 1
+        return sum(p.nbytes for p in model.parameters()) // size
 
     def sizes(self, most_tokens: int, length: int | None = None) -> list[int]:
         """Micro-batches that divide the rows of a step, up to that many tokens; at least 1."""
@@ -148,7 +195,9 @@ class Planner:
     ) -> Memory | None:
         """The largest of those sizes that fits into `limit` bytes; None if none does."""
         sizes = self.sizes(most_tokens, length)
-        low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
+        if (memory := self.memory(sizes[-1], mode, length)).total <= limit:
+            return memory  # nearly always on a CPU
+        low, high = 0, len(sizes) - 1  # sizes[:low] fit, sizes[high:] do not
         while low < high:
             middle = (low + high) // 2
             fits = self.memory(sizes[middle], mode, length).total <= limit
@@ -172,15 +221,11 @@ class Planner:
         return best
 
 
-def _largest_share(optimizer: Any, world_size: int) -> None:
-    """Makes it the optimizer of that rank which owns the most parameters among so many."""
-    optimizer.world_size = world_size
-    optimizer.owner = optimizer._assign_owners()
-    load = [0] * world_size
-    for name, rank in optimizer.owner.items():
-        load[rank] += optimizer.named[name].numel()
-    optimizer.rank = load.index(max(load))
-    optimizer.world_size = 1  # nothing is sent
+def _of_fullest_rank(groups: list[ParamGroup], shard: str, world_size: int) -> MuonAdamW:
+    """The optimizer as that rank has it which owns the most among so many."""
+    optimizer = MuonAdamW(groups, shard, PretendRanks(0, world_size))
+    held = [sum(of_rank) for of_rank in zip(*(b.num_held() for _, b in optimizer.buckets))]
+    return MuonAdamW(groups, shard, PretendRanks(held.index(max(held)), world_size))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -211,16 +256,21 @@ def usable_memory(info: DistInfo) -> int:
     return int(min(sum_over_ranks(*of_rank, device=device)))
 
 
-def roomy(config: Config, batch: int, length: int) -> int:
-    """Bytes that a step surely does not exceed, for what comes nowhere near the machine's memory:
-    an exact estimate would take seconds, to load PyTorch's compiler, at the start of every run."""
-    with torch.device("meta"):
-        model = ARCHITECTURES[arch_of(config)][0](config)
-    params = sum(p.numel() for p in model.parameters())
-    tokens = batch * length
-    of_token = ROOMY_LAYER * config.n_layer * config.n_embd + ROOMY_LOGITS * config.vocab_size
-    attention = 4 * batch * config.n_layer * config.n_head * length**2  # should scores be kept
-    return 4 * 8 * params + tokens * of_token + attention
+def candidates(args: TrainFlags, setup: Setup, node: int | None = None) -> list[Setup]:
+    """What --shard may mean, in order: what was asked for; or all copies whole, and then, for
+    models that do not fit, weights in shares over the ranks of a node or of the only one. `node`:
+    ranks of a node; None: as torchrun has it here."""
+    world = setup.world_size
+    if world == 1:
+        return [replace(setup, shard="none")]
+    wanted: list[str] = [args.shard]
+    if args.shard == "auto":
+        here = node or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        wanted = ["zero", "fsdp" if here == world else "hsdp"]
+    asked = args.shard_size if args.shard_size > 0 else node or -1
+    return [
+        replace(setup, shard=name, shard_size=shard_size(name, world, asked)) for name in wanted
+    ]
 
 
 def settle(
@@ -230,39 +280,59 @@ def settle(
     rows_per_step: int,
     length: int,
     setup: Setup | None = None,
+    copies: int = 1,
 ) -> tuple[int, Mode]:
-    """(rows of a micro-batch, mode of recompute) for this run, before it allocates.
+    """(rows of a micro-batch, mode of recompute) for this run, before it allocates, and in
+    args.shard what the ranks share out.
 
-    rows_per_step over all ranks, rows of `length` tokens. Prints the table of the estimate. A
-    UserError says what there is, what is missing and what would fit. All ranks must call it."""
+    rows_per_step over all ranks, rows of `length` tokens; `copies` of the weights are kept. Prints
+    the table of the estimate. A UserError says what there is, what is missing and what would fit.
+    All ranks must call it."""
     setup = setup or setup_of(info, args)
     rows = max(1, rows_per_step // info.world_size)
-    planner = Planner(replace(config, sequence_len=max(length, config.sequence_len)), setup, rows)
-    gpu = setup.device_type == "cuda"
-    modes: tuple[Mode, ...] = (
-        MODES if args.activation_checkpointing == "auto" else (args.activation_checkpointing,)
-    )
-    most = GPU_MICRO_BATCH_TOKENS if gpu else CPU_MICRO_BATCH_TOKENS
+    whole = replace(config, sequence_len=max(length, config.sequence_len))
+    planners = [Planner(whole, each, rows) for each in candidates(args, setup)]
+    modes = modes_of(args)
+    most = GPU_MICRO_BATCH_TOKENS if setup.device_type == "cuda" else CPU_MICRO_BATCH_TOKENS
     limit = usable_memory(info)
     asked = args.device_batch_size if args.device_batch_size != "auto" else None
-    if not gpu:
-        batch = asked or planner.sizes(most, length)[-1]
-        if roomy(config, batch, length) < limit:
-            if asked is None:
-                print0(f"micro-batch: {batch} row(s) of {length} tokens")
-            return batch, modes[0]
-    if asked is None:
-        memory = planner.choose(limit, most, modes, length)
+    for planner in planners:
+        room = limit - (copies - 1) * planner.weights()
+        memory = fitting(planner, args, room, most, length)
+        if memory is not None:
+            break
     else:
-        fitting = (planner.memory(asked, mode, length) for mode in modes)
-        memory = next((m for m in fitting if m.total <= limit), None)
-    if memory is None:
-        raise UserError(refusal(planner, limit, asked, modes, length))
+        raise UserError(refusal(planner, room, asked, modes, length))
     print0(
         f"{memory.table()}\n{gb(limit)} GB can be used; micro-batch: {memory.batch} row(s) of "
         f"{length} tokens, --activation_checkpointing={memory.mode}"
     )
+    if info.world_size > 1:
+        why = "as it says" if args.shard != "auto" else "all fits on each rank"
+        if len(planners) > 1 and planner is not planners[0]:
+            least = planners[0].memory(1, modes[-1], length).total
+            why = f"--shard={planners[0].setup.shard} would take at least {gb(least)} GB"
+        print0(f"--shard={planner.setup.shard}: {why}")
+    args.shard = planner.setup.shard  # type: ignore[assignment]
     return memory.batch, memory.mode
+
+
+def modes_of(args: TrainFlags) -> tuple[Mode, ...]:
+    """What --activation_checkpointing lets be recomputed, the least first."""
+    asked = args.activation_checkpointing
+    return MODES if asked == "auto" else (asked,)
+
+
+def fitting(
+    planner: Planner, args: TrainFlags, limit: int, most_tokens: int, length: int
+) -> Memory | None:
+    """What fits into `limit` bytes with the micro-batch and recomputing that the flags ask for, or
+    leave open; None if nothing does."""
+    modes = modes_of(args)
+    if args.device_batch_size == "auto":
+        return planner.choose(limit, most_tokens, modes, length)
+    found = (planner.memory(args.device_batch_size, mode, length) for mode in modes)
+    return next((memory for memory in found if memory.total <= limit), None)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -318,15 +388,20 @@ def alternatives(planner: Planner, now: Memory) -> Iterator[tuple[str, Memory]]:
         flags = f"--device_batch_size=1 --activation_checkpointing={mode}"
         yield flags, planner.memory(1, mode, now.length)
     small = "--device_batch_size=1 --activation_checkpointing=block"
+    world = planner.setup.world_size
+    if world > 1 and not planner.is_sharded:
+        shared = replace(planner, setup=_shared(planner.setup, "fsdp", world, world))
+        yield f"{small} --shard=fsdp", shared.memory(1, "block", now.length)
     length = now.length // 2
     while length >= 256:
         yield f"{small} --max_seq_len={length}", planner.memory(1, "block", length)
         length //= 2
-    for ranks in (2, 4, 8):
-        more = replace(planner.setup, world_size=planner.setup.world_size * ranks)
-        wider = Planner(planner.config, more, max(1, planner.rows // ranks))
-        flags = f"{small}, on {more.world_size} GPUs (torchrun --nproc_per_node)"
-        if planner.setup.device_type == "cuda":
+    for ranks in (2, 4, 8) if planner.setup.device_type == "cuda" else ():
+        world = planner.setup.world_size * ranks
+        wider = Planner(planner.config, planner.setup, max(1, planner.rows // ranks))
+        for shard, over in (("zero", 1), ("fsdp", world)):
+            wider = replace(wider, setup=_shared(planner.setup, shard, world, over))
+            flags = f"{small} --shard={shard}, on {world} GPUs (torchrun --nproc_per_node)"
             yield flags, wider.memory(1, "block", now.length)
     for depth in smaller_depths(planner.config):
         config = type(planner.config).from_depth(
@@ -334,6 +409,10 @@ def alternatives(planner: Planner, now: Memory) -> Iterator[tuple[str, Memory]]:
         )
         smaller = Planner(config, planner.setup, planner.rows)
         yield f"{small} --depth={depth}", smaller.memory(1, "block", now.length)
+
+
+def _shared(setup: Setup, shard: str, world_size: int, size: int) -> Setup:
+    return replace(setup, shard=shard, world_size=world_size, shard_size=size)
 
 
 def smaller_depths(config: Config) -> list[int]:

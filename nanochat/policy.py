@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from nanochat.common import print0
 from nanochat.dataloader import IGNORE, MicroBatch
+from nanochat.distributed import local
+from nanochat.shard import gathered, sharded_modules, twin
 
 Forward = Callable[..., Tensor]
 
@@ -76,9 +79,41 @@ def within(model: Any, forward: Forward, vocab_size: int) -> Forward:
     head = model.param_groups()["head"][0]
     name = next(name for name, p in model.named_parameters() if p is head)
 
+    if sharded_modules(model):
+        return _within_sharded(model, forward, name, vocab_size)
+
     def narrow(*args: Any, **kwargs: Any) -> Tensor:
         # The plain module, compiled or not: parameters cannot be exchanged in a compiled one
         return functional_call(model, {name: head[:vocab_size]}, args, kwargs)
+
+    return narrow
+
+
+class _Inner(nn.Module):
+    """A model's forward without what FSDP does before and after it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def _within_sharded(model: Any, forward: Forward, name: str, vocab_size: int) -> Forward:
+    """The same where the head is whole only while the model computes."""
+    inner = _Inner(model)
+
+    def computing(*args: Any, **kwargs: Any) -> Tensor:
+        rows = model.get_parameter(name)[:vocab_size]
+        return functional_call(inner, {f"model.{name}": rows}, args, kwargs)
+
+    def narrow(*args: Any, **kwargs: Any) -> Tensor:
+        model.forward = computing
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            del model.forward
 
     return narrow
 
@@ -103,6 +138,7 @@ class Policy:
         self.forward = within(model, forward, vocab_size)
         self.plain = within(model, model, vocab_size)
         self.reference = reference and within(reference, reference, vocab_size)
+        self.copy = reference
 
     @torch.no_grad()
     def begin(self, batches: Sequence[PolicyBatch], several_steps: bool = False) -> dict[str, Any]:
@@ -115,20 +151,22 @@ class Policy:
         found = {"tokens": 0.0, "diff": 0.0, "diff_max": 0.0, "kl": 0.0}
         all_of_them = several_steps or self.reference is not None
         some = [_last_rows(batch, COMPARED_ROWS) for batch in batches[-1:]]
-        for batch in batches if all_of_them else some:
-            kept = batch.targets != IGNORE
-            log_probs = -self.plain(batch.idx, batch.targets, reduction="none")
-            if several_steps:
-                batch.old = log_probs
-            if self.reference is not None:
-                batch.reference = -self.reference(batch.idx, batch.targets, reduction="none")
-                d = (batch.reference - log_probs)[kept]
-                found["kl"] += float((d.exp() - d - 1).sum())
-            if batch.sampled is not None:
-                diff = (batch.sampled - log_probs)[kept].abs()
-                found["tokens"] += diff.numel()
-                found["diff"] += float(diff.sum())
-                found["diff_max"] = max(found["diff_max"], float(diff.max()))
+        # Ranks have unequal numbers of batches; the policy itself comes here gathered (Trainer)
+        with gathered(self.copy) if self.copy is not None else nullcontext():
+            for batch in batches if all_of_them else some:
+                kept = batch.targets != IGNORE
+                log_probs = -self.plain(batch.idx, batch.targets, reduction="none")
+                if several_steps:
+                    batch.old = log_probs
+                if self.reference is not None:
+                    batch.reference = -self.reference(batch.idx, batch.targets, reduction="none")
+                    d = (batch.reference - log_probs)[kept]
+                    found["kl"] += float((d.exp() - d - 1).sum())
+                if batch.sampled is not None:
+                    diff = (batch.sampled - log_probs)[kept].abs()
+                    found["tokens"] += diff.numel()
+                    found["diff"] += float(diff.sum())
+                    found["diff_max"] = max(found["diff_max"], float(diff.max()))
         return found
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
@@ -144,7 +182,8 @@ def _last_rows(batch: PolicyBatch, count: int) -> PolicyBatch:
 
 def frozen_copy(model: Any) -> Any:
     """The model as it is now, for the KL penalty; says what memory that takes."""
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
-    size = sum(p.numel() * p.element_size() for p in reference.parameters())
+    reference = twin(model) if sharded_modules(model) else copy.deepcopy(model)
+    reference.requires_grad_(False).eval()
+    size = sum(local(p).numel() * p.element_size() for p in reference.parameters())
     print0(f"--kl: a frozen copy of the model takes {size / 2**20:,.0f} MiB")
     return reference

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.distributed import all_reduce_sum
+from nanochat.distributed import all_reduce_sum, local
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TENSOR_CORES = (7, 0)  # CUDA capability from which float16 products are faster than float32 ones
@@ -178,7 +178,8 @@ class LossScaler:
         if not self.enabled:
             return True
         params = list(params)
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        grads = [grad for grad in grads if grad.numel()]
         overflow = torch.zeros((), device=params[0].device)
         if grads:
             largest = torch.nn.utils.get_total_norm(grads, norm_type=float("inf"))

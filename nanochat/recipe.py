@@ -7,6 +7,7 @@ All of them follow from the model's size, by way of the tokens that a model of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nanochat import schedule
@@ -21,7 +22,9 @@ def num_scaling_params(model: Any) -> int:
     return sum(p.numel() for kind in groups if kind != "value_embedding" for p in groups[kind])
 
 
-def settle_horizon(args: HorizonFlags, model: Any, tokens_per_round: int) -> int:
+def settle_horizon(
+    args: HorizonFlags, model: Any, tokens_per_round: int, say: Callable[[str], None] = print0
+) -> int:
     """Fills in batch and rates that were not typed, says with what, and returns the number of
     optimizer steps. tokens_per_round: what a batch must be a multiple of."""
     sizes = {
@@ -44,7 +47,7 @@ def settle_horizon(args: HorizonFlags, model: Any, tokens_per_round: int) -> int
             setattr(args, flag, value)
             chosen.append(f"--{flag}={value:g}")
     if chosen:
-        print0(f"for {tokens:,.0f} tokens: {' '.join(chosen)}")
+        say(f"for {tokens:,.0f} tokens: {' '.join(chosen)}")
     return schedule.num_iterations(
         args.num_iterations, *horizons, **sizes, total_batch_size=args.total_batch_size
     )

@@ -24,11 +24,17 @@ MODES: tuple[Mode, ...] = get_args(Mode)  # in order of their cost in time
 
 def recompute(model: Any, mode: Mode) -> None:
     """Has the model's MLPs ("mlp"), its blocks ("block") or nothing ("none") recomputed from now
-    on, wherever there are gradients and no cache. The mode before is undone."""
+    on, wherever there are gradients and no cache. The mode before is undone. ValueError for another
+    one than now of a model that is sharded, whose classes are FSDP's."""
     for block in blocks_of(model):
         for name, module in (("mlp", block.mlp), ("block", block)):
+            is_wanted, now = name == mode, hasattr(type(module), "plain")
+            if is_wanted == now:
+                continue
+            if hasattr(block, "unshard"):
+                raise ValueError(f"a sharded model cannot change to recompute {mode!r}")
             plain: Any = getattr(type(module), "plain", type(module))
-            module.__class__ = _recomputed(plain) if name == mode else plain
+            module.__class__ = _recomputed(plain) if is_wanted else plain
 
 
 def blocks_of(model: nn.Module) -> list[Any]:

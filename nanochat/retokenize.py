@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UserError
+from nanochat.distributed import local, local_rows
 from nanochat.tokenizer import Tokenizer
 
 # What a special token of another format does, in words of ours, the main thing first. A token with
@@ -116,7 +117,8 @@ def retrain_embeddings(source: Any, old: Tokenizer, target: Any, new: Tokenizer)
     tables = {id(p) for kind in kinds for p in groups.get(kind, [])}  # one if they are tied
     for name, p in target.named_parameters():
         weights = source.get_parameter(name).to("cpu")
-        p.copy_(plan.rows(weights, count) if id(p) in tables else weights)
+        whole = plan.rows(weights, count) if id(p) in tables else weights
+        local(p).copy_(whole[slice(*local_rows(p))])
     padding = count - plan.num_shared - plan.num_mixed - plan.num_by_work
     return (
         f"embeddings for another tokenizer: of {count:,} rows {plan.num_shared:,} are carried over "

@@ -5,7 +5,10 @@ On-policy policy gradient (REINFORCE, Williams 1992) with the group mean as base
 arXiv 2402.03300, and by default without its division by the standard deviation: arXiv 2503.20783).
 Every sampled token of a reply carries its reply's advantage. Groups without variance are left out,
 and the loss is normalised by the number of sampled tokens in all others of the step (DAPO, arXiv
-2503.14476). The loss itself: nanochat/policy.py. Floor 4.5.
+2503.14476). The loss itself: nanochat/policy.py.
+
+The model that is trained samples the replies, between two steps: none is of older weights, unless
+--inner_steps takes several steps on it. Ranks share out the problems, to the last one. Floor 4.5.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ import torch
 from nanochat.common import seed_from
 from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
-from nanochat.evals.chat import split_reply
 from nanochat.policy import PolicyBatch
+from nanochat.reply import split_reply
 from nanochat.rewards import Reward, checked
 
 

@@ -32,11 +32,13 @@ from nanochat.checkpoint import (
     weights_id,
 )
 from nanochat.common import UserError, print0, warn0
-from nanochat.distributed import DistInfo, sum_over_ranks
+from nanochat.distributed import DistInfo, rank_and_world, sum_over_ranks
 from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, InheritedFlags, TrainFlags
 from nanochat.models import Config, build_model, config_from_dict, config_to_dict
 from nanochat.optim import MuonAdamW
+from nanochat.recompute import Mode
 from nanochat.retokenize import retrain_embeddings
+from nanochat.shard import build_for
 from nanochat.tokenizer import Tokenizer
 
 # base_train's rates are for new weights. Somebody else's run has ended at a decayed rate, usually a
@@ -50,25 +52,37 @@ UNKNOWN_BATCH_SIZE = 65_536
 class Start:
     """What a finetuning stage starts from."""
 
-    model: Any
+    model: Any  # on the meta device, without weights, while it is not decided how they are shared
     tokenizer: Any
     meta: dict[str, Any]  # of the checkpoint
     tag: str  # of the checkpoint
     name: str  # stage, tag, step and weights, for the checkpoints of the run that starts here
     folder: Path  # of the checkpoint
 
+    def place(self, args: TrainFlags, info: DistInfo, mode: Mode) -> Any:
+        """The model with its weights, shared out as settle() has decided (args.shard and `mode` of
+        recompute). All ranks must call it."""
+        if self.model.get_device().type == "meta":
+            self.model = build_for(args, self.model.config, info, mode)
+            load_weights(self.folder, self.model)
+        return self.model
+
 
 def start_from(
     source: str, source_tag: str | None, args: FinetuneFlags, device: torch.device
 ) -> Start:
     """Loads a stage's checkpoint, ready to train on: source_tag's, or --model_tag's if the stage
-    has one of that name, or the newest."""
+    has one of that name, or the newest. Where several ranks may share out the weights they are not
+    read yet: see Start.place."""
     tag = source_tag or (args.model_tag if args.model_tag in list_tags(source) else None)
     folder = find_checkpoint(source, tag, args.step)
     meta = read_meta(folder)
     tokenizer = checkpoint_tokenizer(meta, folder)
-    model = build_model(config_from_dict(meta["config"], str(folder)), device)
-    load_weights(folder, model)
+    later = rank_and_world()[1] > 1 and args.shard not in ("none", "zero") and not args.preview
+    config = config_from_dict(meta["config"], str(folder))
+    model = build_model(config, "meta" if later else device)
+    if not later:
+        load_weights(folder, model)
     print0(f"starting from {folder}")
     return Start(model, tokenizer, meta, folder.parent.name, _name(source, folder), folder)
 

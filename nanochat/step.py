@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError, warn0
-from nanochat.compiling import CompiledStep, choose_compile
+from nanochat.compiling import CompiledBlocks, CompiledStep, choose_compile
 from nanochat.dataloader import MicroBatch, StepLoader
-from nanochat.distributed import DistInfo, all_reduce_sum
+from nanochat.distributed import DistInfo, all_reduce_sum, max_over_ranks
 from nanochat.flags import TrainFlags
 from nanochat.fp8 import Fp8, check_fp8
 from nanochat.machine import peak_flops
@@ -25,6 +25,7 @@ from nanochat.meter import HostCopy, StepRecord
 from nanochat.models.attention import choose_for
 from nanochat.optim import MuonAdamW
 from nanochat.precision import LossScaler, choose_precision
+from nanochat.shard import sharded_modules
 
 
 class TrainStep:
@@ -53,6 +54,7 @@ class TrainStep:
             tokens = num_steps * loader.rows_per_step // info.world_size * row
         static = loader is not None
         choose_for(model, info.device, self.precision.dtype)  # probing cannot be part of a graph
+        self.sharded = sharded_modules(model)
         self.compiled = choose_compile(
             args.compile, info.device, tokens * model.flops_per_token(), static
         )
@@ -61,7 +63,9 @@ class TrainStep:
         if self.fp8 and not self.compiled.on:
             warn0("--fp8 without compilation (--compile=on) is slower than bfloat16")
         # Evaluation and sampling use the plain module: other shapes would compile again.
-        self.forward = CompiledStep(model, static) if self.compiled.on else model
+        kind = CompiledBlocks if self.sharded else CompiledStep
+        self.forward = kind(model, static) if self.compiled.on else model
+        self.equal_batches = loader is not None  # all ranks have as many
         self.peak_flops: float | None = None
         if info.device.type == "cuda":
             self.peak_flops = peak_flops(torch.cuda.get_device_name(info.device))
@@ -135,13 +139,27 @@ class TrainStep:
 
     def _run_passes(self, batches: list[MicroBatch], count: Tensor) -> Tensor:
         loss_sum = torch.zeros((), device=self.info.device)
+        most = len(batches)  # on any rank
+        if self.sharded and not self.equal_batches:
+            most = int(max_over_ranks(most, self.info.device))
         with self.fp8.on() if self.fp8 else nullcontext():
-            for batch in batches:
+            for number in range(most):
+                if self.sharded:  # copies of the weights need no gradient before it is whole
+                    self.model.set_requires_all_reduce(number == most - 1)
                 with self.precision.autocast():
-                    loss = batch.loss(self.forward)
+                    if number < len(batches):
+                        loss = batches[number].loss(self.forward)
+                    else:
+                        loss = self._nothing()
                 self.scaler.scaled(loss / count).backward()
                 loss_sum += loss.detach()
         return loss_sum
+
+    def _nothing(self) -> Tensor:
+        """A loss of 0, of a rank that has run out of batches where others have not: the weights of
+        a sharded model come together for all of them at once, or for none."""
+        idx = torch.zeros((1, 1), dtype=torch.int64, device=self.info.device)
+        return 0.0 * self.model(idx, idx, reduction="sum")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -182,4 +200,7 @@ def memory_advice(rows: int) -> str:
             f"Set --device_batch_size={rows // 2}, or --activation_checkpointing: the results stay "
             "the same"
         )
-    return "Set --activation_checkpointing, or a smaller --max_seq_len or --depth"
+    return (
+        "Set --activation_checkpointing, --shard=fsdp on several GPUs, or a smaller --max_seq_len "
+        "or --depth"
+    )

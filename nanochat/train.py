@@ -21,10 +21,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from nanochat import schedule
+from nanochat import rank_log, schedule
 from nanochat.checkpoint import (
     LOG,
     load_weights,
@@ -47,6 +48,7 @@ from nanochat.models import config_to_dict
 from nanochat.optim import MuonAdamW, refuse_divergence
 from nanochat.progress import Progress, duration
 from nanochat.record import find_log, first_start, run_record
+from nanochat.shard import gathered
 from nanochat.start import find_resumable, identity, refuse_changes
 from nanochat.step import TrainStep, is_out_of_memory, out_of_memory
 
@@ -110,9 +112,12 @@ class Trainer:
         self._stop_signal = 0
         self.bar = Progress(num_steps, stage)  # not begun: steps() has another
 
-    def autocast(self) -> Any:
-        """The context to evaluate in, in the format that the run computes in."""
-        return self.train_step.precision.autocast()
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context to evaluate in, in the format that the run computes in. All ranks must enter
+        it: see shard.gathered."""
+        with gathered(self.model), self.train_step.precision.autocast():
+            yield
 
     # ---------------------------------------------------------------------------------------------
     # Life of a run
@@ -175,7 +180,8 @@ class Trainer:
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._stop_signal = signum
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.info.rank == 0:  # print() is not safe in a signal handler
+        # print() is not safe in a signal handler. When a rank has failed torchrun ends the others
+        if self.info.rank == 0 and not rank_log.another_failed():
             os.write(2, b"\nstopping: saving after this step; Ctrl-C quits at once, unsaved\n")
 
     def stopping(self) -> bool:
@@ -257,9 +263,9 @@ class Trainer:
             return
         self.meter.pause()
         self._wait_for_save()
-        optim_state = self.optimizer.state_dict()
+        optim_state, weights = self.optimizer.state_dict(), snapshot(self.model.state_dict())
         if self.info.rank == 0:
-            weights, meta = snapshot(self.model.state_dict()), self._checkpoint_meta(events_done)
+            meta = self._checkpoint_meta(events_done)
             self._writing = self._writer.submit(
                 self._write, weights, optim_state, meta, self._aside_after
             )
@@ -383,9 +389,10 @@ class Trainer:
         groups = self.model.param_groups()
         parts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
         num_params = sum(parts.values())
+        shared = f", --shard={self.args.shard}" if self.info.world_size > 1 else ""
         print0(
             f"{self.stage}: {self.tag}, {num_params:,} parameters, {self.num_steps} steps, "
-            f"{self.info.world_size} rank(s) on {self.info.device.type}\n"
+            f"{self.info.world_size} rank(s) on {self.info.device.type}{shared}\n"
             f"computing in {self.train_step}"
         )
         if self.info.rank == 0 and self._saved is None:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError, print0, warn0
-from nanochat.distributed import DistInfo, sum_over_ranks
+from nanochat.compiling import CompiledBlocks, CompiledStep
+from nanochat.distributed import DistInfo, local, sum_over_ranks
 from nanochat.flags import TrainFlags
 from nanochat.plan import gb, memory_advice, setup_of, usable_memory
 from nanochat.precision import autocast
 from nanochat.recompute import Mode, recompute
+from nanochat.shard import sharded_modules
 
 
 def trial_step(
@@ -52,6 +54,8 @@ def trial_step(
             del loss
             peak = torch.cuda.max_memory_allocated(device) if cuda else 0
         except torch.OutOfMemoryError:
+            if sharded_modules(model):
+                raise  # the others wait for this rank's share of the weights: torchrun ends them
             failed = True
         # No rank may enter the optimizer, where ranks meet, while another cannot
         failed = sum_over_ranks(failed, device=device)[0] > 0
@@ -71,7 +75,7 @@ def _as_before(model: Any, optimizer: Any, device: torch.device) -> Iterator[Non
     cuda = device.type == "cuda"
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state(device) if cuda else None
-    weights = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
+    weights = {name: local(t).to("cpu", copy=True) for name, t in model.state_dict().items()}
     state = {
         name: {entry: t.to("cpu", copy=True) for entry, t in entries.items()}
         for name, entries in optimizer.state.items()
@@ -86,7 +90,7 @@ def _as_before(model: Any, optimizer: Any, device: torch.device) -> Iterator[Non
         gc.collect()  # an error's traceback holds the tensors of its frames
         with torch.no_grad():
             for name, t in model.state_dict().items():
-                t.copy_(weights[name])
+                local(t).copy_(weights[name])
         for name, entries in state.items():
             optimizer.state[name] = {entry: t.to(device) for entry, t in entries.items()}
         torch.set_rng_state(rng)
@@ -115,9 +119,13 @@ def confirm(
     rows = max(1, rows_per_step // info.world_size)
     setup = setup_of(info, args)
     precision = partial(autocast, dtype=args.dtype)
-    step_model = torch.compile(model, dynamic=False) if setup.compiled else model
+    kind = CompiledBlocks if sharded_modules(model) else CompiledStep
+    step_model = kind(model) if setup.compiled else model
     for size in [d for d in range(batch, 0, -1) if rows % d == 0 or d == batch]:
-        peak = trial_step(model, optimizer, info, size, length, rows, precision, step_model)
+        try:
+            peak = trial_step(model, optimizer, info, size, length, rows, precision, step_model)
+        except torch.OutOfMemoryError:
+            break
         if peak is not None:
             print0(f"trial step: at most {gb(peak)} GB in use")
             return size

@@ -33,9 +33,10 @@ from nanochat.schedule import (
     lr_multiplier,
     muon_momentum,
 )
+from nanochat.shard import build_for, gathered
 from nanochat.start import base_meta, continued_config, load_base, lr_frac
 from nanochat.text_source import TextSource
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.train import Trainer
 from nanochat.trial import confirm
 
@@ -131,14 +132,14 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     rows_per_step = args.total_batch_size // args.max_seq_len
     settled = settle(args, config, info, rows_per_step, args.max_seq_len)
     grad_accum_steps(args.total_batch_size, settled[0], args.max_seq_len, info.world_size)
-    model = build_model(config, info.device, seed=args.seed)
+    model = build_for(args, config, info, settled[1], args.seed)
     started_from = None
     if args.source_tag:
         started_from = load_base(args.source_tag, model, tokenizer, args.retrain_embeddings)
     args.init_lr_frac = lr_frac(args.init_lr_frac, source_meta)
     optimizer = make_optimizer(
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-        args.init_lr_frac, args.scalar_lr,
+        args.init_lr_frac, args.scalar_lr, args.shard,
     )  # fmt: skip
     args.device_batch_size = confirm(
         settled, args, model, optimizer, info, rows_per_step, args.max_seq_len
@@ -187,14 +188,10 @@ def train(args: Args, info: distributed.DistInfo) -> None:
                     stopped=trainer.stopping,
                 )  # fmt: skip
             trainer.record(core_metric=core["core_metric"])
-        if info.rank == 0 and trainer.is_due(args.sample_every):
-            engine = Engine(model, tokenizer)
-            for prompt in args.sample_prompts.split("|"):
-                ids = tokenizer.encode(prompt, prepend=bos)
-                sequences, _ = engine.generate_batch(ids, max_tokens=16, temperature=0)
-                text = tokenizer.decode(sequences[0])
-                trainer.log("sample", text=text)
-                print0(text)
+        if trainer.is_due(args.sample_every):
+            with gathered(model):
+                if info.rank == 0:
+                    sample(trainer, tokenizer, args.sample_prompts)
         if trainer.is_due(args.save_every):
             trainer.save()
         if step == num_steps:
@@ -207,6 +204,17 @@ def train(args: Args, info: distributed.DistInfo) -> None:
             trainer.log("shard", **shard)
         decay = decay_multiplier(step, num_steps)
         trainer.step(batches_of_step, lr_mul, muon_momentum(step), decay)
+
+
+def sample(trainer: Trainer, tokenizer: Tokenizer, prompts: str) -> None:
+    """Prints and logs how the model goes on from a few beginnings (rank 0)."""
+    engine = Engine(trainer.model, tokenizer)
+    for prompt in prompts.split("|"):
+        ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
+        sequences, _ = engine.generate_batch(ids, max_tokens=16, temperature=0)
+        text = tokenizer.decode(sequences[0])
+        trainer.log("sample", text=text)
+        print0(text)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from nanochat.optim import make_optimizer
 from nanochat.plan import settle
 from nanochat.rollout import problem_order
 from nanochat.schedule import lr_multiplier
+from nanochat.shard import gathered
 from nanochat.start import Start, start_from
 from nanochat.train import Trainer
 from nanochat.trial import confirm
@@ -122,12 +123,13 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
 
     rows_per_step, length = 2 * args.pairs_per_step, pairs.longest - 1
     settled = settle(args, model.config, info, rows_per_step, length)
+    model = start.place(args, info, settled[1])
     if args.lora_rank:
         optimizer = lora.adapt(model, args)
     else:
         optimizer = make_optimizer(
             model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-            args.init_lr_frac,
+            args.init_lr_frac, shard=args.shard,
         )  # fmt: skip
     # The two replies of a pair go through together: their loss is one
     settled = (max(2, settled[0]), settled[1])
@@ -161,7 +163,8 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
             return torch.zeros(0, 2)
         return reference_log_probs(model, some, micro_batch, pad, info, trainer.autocast)
 
-    reference, val_reference = reference_of(pairs), reference_of(val_pairs)
+    with gathered(model):
+        reference, val_reference = reference_of(pairs), reference_of(val_pairs)
 
     for step in trainer.steps():
         if val_pairs is not None and trainer.is_due(args.eval_every):

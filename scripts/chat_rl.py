@@ -164,16 +164,17 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
     if num_steps <= 0:
         num_steps = max(1, round(args.num_epochs * len(task) / args.examples_per_step))
         num_steps *= args.inner_steps
-    optimizer = make_optimizer(
-        model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-        args.init_lr_frac,
-    )  # fmt: skip
-    # Before the Trainer, which may load a resumed run's weights; and before memory is measured
-    reference = frozen_copy(model) if args.kl else None
     rows_per_step = args.examples_per_step * args.num_samples
     # The longest reply that a row may hold, after a question
     length = model.config.sequence_len
-    settled = settle(args, model.config, info, rows_per_step, length)
+    settled = settle(args, model.config, info, rows_per_step, length, copies=2 if args.kl else 1)
+    model = start.place(args, info, settled[1])
+    # Before the Trainer, which may load a resumed run's weights
+    reference = frozen_copy(model) if args.kl else None
+    optimizer = make_optimizer(
+        model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
+        args.init_lr_frac, shard=args.shard,
+    )  # fmt: skip
     micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, length)
     trainer = Trainer(
         "rl",

@@ -1,7 +1,8 @@
 """
 Engines without a model, for the tests of everything that talks to one.
 
-`ScriptedEngine` has the signature of nanochat.engine.Engine.generate and says what it was told to.
+`ScriptedEngine` has the signature of nanochat.engine.Engine.generate and says what it was told to;
+`ScriptedScheduler` does so with the interface of nanochat.scheduler.Scheduler.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
+from nanochat.sampling import Sampling
+from nanochat.scheduler import Request, Token
 from nanochat.tokenizer import Tokenizer
 
 
@@ -27,6 +31,8 @@ def script_of(tokenizer: Tokenizer, content: str | list[dict[str, str]]) -> list
 
 class ScriptedEngine:
     """Replies with the scripts in turn (the last one for ever), and remembers how it was asked."""
+
+    device = None
 
     def __init__(
         self, *scripts: list[tuple[int, int]], endless: bool = False, delay: float = 0.0
@@ -67,3 +73,56 @@ class ScriptedEngine:
         finally:
             self._running -= 1
             self.closed.set()
+
+
+class ScriptedScheduler:
+    """Runs a ScriptedEngine's scripts, many at once, as the real one runs a model."""
+
+    def __init__(self, engine: ScriptedEngine, max_batch: int) -> None:
+        self.engine, self.max_batch = engine, max_batch
+        self._open: list[tuple[Request, list[tuple[int, int]]]] = []
+        self._num = 0
+
+    @property
+    def running(self) -> int:
+        return min(len(self._open), self.max_batch)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._open) - self.running
+
+    def add(self, prompt: list[int], sampling: Sampling, num_samples: int = 1) -> list[Request]:
+        engine = self.engine
+        asked = {"tokens": list(prompt), "num_samples": num_samples, "sampling": sampling}
+        engine.calls.append({**asked, **asdict(sampling)})
+        steps = engine.scripts.pop(0) if len(engine.scripts) > 1 else engine.scripts[0]
+        requests = [Request(self._num + s, prompt, sampling) for s in range(num_samples)]
+        self._num += num_samples
+        self._open += [(request, steps) for request in requests]
+        return requests
+
+    def step(self) -> list[Token]:
+        engine = self.engine
+        if engine.gate is not None:
+            assert engine.gate.wait(timeout=60), "the test never opened the gate"
+        time.sleep(engine.delay)
+        engine.most_at_once = max(engine.most_at_once, self.running)
+        tokens = []
+        for request, steps in self._open[: self.max_batch]:
+            at = len(request.tokens)
+            id, mask = steps[at % len(steps)]
+            request.tokens.append(id)
+            engine.num_yielded += 1
+            if at + 1 == len(steps) and not engine.endless:
+                request.reason = "stop"
+            elif at + 1 == request.sampling.max_tokens:
+                request.reason = "length"
+            tokens.append(Token(request, id, mask, None, None, last=bool(request.reason)))
+        self._open = [item for item in self._open if not item[0].reason]
+        return tokens
+
+    def cancel(self, request: Request, reason: str = "cancelled") -> None:
+        if not request.reason:
+            request.reason = reason
+            self._open = [item for item in self._open if item[0] is not request]
+            self.engine.closed.set()

@@ -10,12 +10,17 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, KVCache, sample
-from nanochat.tokenizer import Tokenizer
-from tests.models_for_tests import tiny_model, tokens_of
+from nanochat.engine import Engine, KVCache
+from tests.decoding_for_tests import (
+    assert_close,
+    assert_pieces_are_the_whole,
+    assert_rows_keep_to_themselves,
+    naive_greedy,
+)
+from tests.models_for_tests import TINY, tiny_model, tokens_of
 from tests.tokenizers_for_tests import tiny_tokenizer
 
-both_architectures = pytest.mark.parametrize("arch", ["gpt", "qwen2.5"])
+every_architecture = pytest.mark.parametrize("arch", TINY)
 VOCAB, ROWS = 400, 416  # the model has more rows than the tokenizer has ids
 
 
@@ -39,73 +44,53 @@ def prompts_of_lengths(*lengths: int) -> list[list[int]]:
 # ---- the cache -----------------------------------------------------------------------------------
 
 
-@both_architectures
+@every_architecture
+@pytest.mark.parametrize("n_head, n_kv_head", [(4, 2), (3, 1), (4, 4)])
 @pytest.mark.parametrize(
     "steps, allocations",
     [([5, 1, 7, 1, 1, 3], 1), ([200, 1, 1], 1), ([3, *[1] * 150], 3), ([64, 65, 64, 1, 200], 3)],
     ids=["chunks", "long prompt", "growth by ones", "growth by chunks"],
 )
 def test_cached_logits_are_the_naive_ones_at_every_position(
-    arch: str, steps: list[int], allocations: int
-) -> None:
-    """The same text in pieces of any size; the cache grows several times on the way."""
-    model = tiny_model(arch)
-    idx = tokens_of(model, 2, sum(steps))
-    cache = KVCache(model.config.n_layer, batch=2)
-    pieces, sizes, at = [], set(), 0
-    for T in steps:
-        pieces.append(model(idx[:, at : at + T], kv_cache=cache))
-        at += T
-        held = cache.layers[0]
-        assert held is not None
-        sizes.add(held[0].size(2))
-    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=1e-4)
-    assert len(sizes) == allocations, sizes
-    assert cache.lengths == [sum(steps)] * 2
+    arch: str, steps: list[int], allocations: int, n_head: int, n_kv_head: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The same text in pieces of any size; the cache grows several times on the way. (Turbo's
+    windows are of 5 positions.)"""
+    sizes: list[int] = []
+    grown = KVCache._grown
+
+    def counted(self: KVCache, held: Any, like: Any, rows: int, end: int) -> Any:
+        fresh = grown(self, held, like, rows, end)
+        sizes.append(fresh[0].size(2))
+        return fresh
+
+    monkeypatch.setattr(KVCache, "_grown", counted)
+    model = tiny_model(arch, n_head=n_head, n_kv_head=n_kv_head, n_embd=16 * n_head)
+    assert_pieces_are_the_whole(model, steps)
+    assert len(set(sizes)) == allocations and len(sizes) == 3 * allocations, sizes
 
 
-@both_architectures
+@every_architecture
 def test_rows_of_different_lengths_share_a_cache(arch: str) -> None:
-    """Prompts are padded on the right. Each row, at every position it writes afterwards, predicts
-    what it would alone, past several growths of the cache."""
+    assert_rows_keep_to_themselves(tiny_model(arch), passes=45)
+
+
+@every_architecture
+def test_a_row_goes_on_by_itself(arch: str) -> None:
+    """As one does whose tool has spoken: many tokens at once, while the others stay."""
     model = tiny_model(arch)
-    lengths, more = [1, 13, 60, 29], 90
-    texts = [tokens_of(model, 1, n + more, seed=n) for n in lengths]
-    naive = [model(text)[0] for text in texts]  # (n + more, V)
-
-    cache = KVCache(model.config.n_layer, batch=4)
-    prompt = torch.full((4, max(lengths)), 95)  # 95 is padding, and also an ordinary token
-    for row, (text, n) in enumerate(zip(texts, lengths)):
-        prompt[row, :n] = text[0, :n]
-    logits = model(prompt, kv_cache=cache)
-    cache.set_lengths(lengths)
-    for row, n in enumerate(lengths):
-        assert torch.allclose(logits[row, :n], naive[row][:n], atol=1e-4)
-    for step in range(more):
-        idx = torch.stack([text[0, n + step : n + step + 1] for text, n in zip(texts, lengths)])
-        logits = model(idx, kv_cache=cache)
-        for row, n in enumerate(lengths):
-            assert torch.allclose(logits[row, 0], naive[row][n + step], atol=1e-4), (row, step)
-
-
-@both_architectures
-def test_rows_leave_and_are_copied(arch: str) -> None:
-    model = tiny_model(arch)
-    idx = tokens_of(model, 3, 40)
+    idx = tokens_of(model, 3, 120)
     naive = model(idx)
     cache = KVCache(model.config.n_layer, batch=3)
     model(idx[:, :10], kv_cache=cache)
     cache.set_lengths([10, 4, 7])
-    rows = [2, 0, 2]  # row 1 leaves, row 2 comes first and once more at the end
-    cache.select(rows)
-    assert cache.lengths == [7, 10, 7]
-    for step in range(20):
-        ids = torch.stack([idx[r, n : n + 1] for r, n in zip(rows, cache.lengths)])
-        wanted = torch.stack([naive[r, n] for r, n in zip(rows, cache.lengths)])
-        assert torch.allclose(model(ids, kv_cache=cache)[:, 0], wanted, atol=1e-4), step
-    cache.select([1])  # and again, to a single row
-    logits = model(idx[:1, 30:35], kv_cache=cache)
-    assert torch.allclose(logits[0], naive[0, 30:35], atol=1e-4)
+    logits = model(idx[1:2, 4:100], kv_cache=cache.row(1, 96))  # the cache grows for it
+    cache.set_lengths([10, 100, 7])
+    assert_close(logits[0], naive[1, 4:100])
+    rows, at = [0, 1, 2], [10, 100, 7]
+    logits = model(idx[rows, at][:, None], kv_cache=cache)
+    assert_close(logits[:, 0], naive[rows, at])
 
 
 def test_the_cache_has_the_dtype_of_the_model() -> None:
@@ -115,78 +100,20 @@ def test_the_cache_has_the_dtype_of_the_model() -> None:
     assert k.dtype == v.dtype == torch.float16
 
 
-# ---- sampling ------------------------------------------------------------------------------------
-
-
-def test_sampling_follows_the_distribution() -> None:
-    """Uniform numbers on a fine grid give every token its share, to one grid point."""
-    logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
-    n = 1000
-    for temperature in (0.5, 1.0, 2.0):
-        tokens = sample(logits.expand(n, -1), temperature, None, [(i + 0.5) / n for i in range(n)])
-        for token, p in enumerate((logits / temperature).softmax(-1)):
-            assert abs(tokens.count(token) - n * float(p)) <= 1
-
-
-def test_top_k_renormalises_among_the_k_likeliest() -> None:
-    logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
-    n = 1000
-    tokens = sample(logits.expand(n, -1), 1.0, 2, [(i + 0.5) / n for i in range(n)])
-    share = float(torch.tensor([2.0, 0.3]).softmax(0)[0])
-    assert set(tokens) == {0, 2}
-    assert abs(tokens.count(2) - n * share) <= 1
-
-
-def test_top_k_at_its_limits() -> None:
-    """0, None, V and more mean all tokens; 1 is the likeliest, whatever the temperature."""
-    logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
-    uniforms = [(i + 0.5) / 50 for i in range(50)]
-    everything = sample(logits, 1.0, None, uniforms)
-    for top_k in (0, 7, 8, 1000, -1):
-        assert sample(logits, 1.0, top_k, uniforms) == everything
-    likeliest = logits.argmax(-1).tolist()
-    assert sample(logits, 5.0, 1, uniforms) == likeliest != everything
-    assert sample(logits, 0.0, None, uniforms) == sample(logits, 0.0, 3, uniforms) == likeliest
-
-
-def test_top_k_counts_tokens_even_among_equals() -> None:
-    tokens = sample(torch.zeros(100, 5), 1.0, 2, [i / 100 for i in range(100)])
-    assert len(set(tokens)) == 2
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1e-30, 0.4999, 0.5001, 1 - 2**-25, 1 - 2**-53])
-def test_a_token_of_probability_zero_is_never_sampled(uniform: float) -> None:
-    """At both ends, where rounding to float32 is tempted to step over them."""
-    never = float("-inf")
-    logits = torch.tensor([[never, 1.0, never, 1.0, never]])
-    assert sample(logits, 1.0, None, [uniform]) == [1 if uniform < 0.5 else 3]
-    assert sample(logits, 1.0, 2, [uniform])[0] in (1, 3)
-
-
-def test_low_temperature_does_not_overflow() -> None:
-    assert sample(torch.tensor([[10.0, 15.0, -15.0]]), 1e-4, None, [0.5]) == [1]
-
-
 # ---- the engine and its twin ---------------------------------------------------------------------
 
 
-def naive_greedy(model: Any, tokenizer: Tokenizer, prompt: list[int], max_tokens: int) -> list[int]:
-    """No cache, no batch: the whole text again for each token."""
-    ids = list(prompt)
-    for _ in range(max_tokens):
-        logits = model(torch.tensor([ids]))[0, -1, : tokenizer.get_vocab_size()]
-        ids.append(int(logits.argmax()))
-        if ids[-1] in tokenizer.stop_token_ids:
-            break
-    return ids
+def twin_of(engine: Engine, prompt: list[int], max_tokens: int) -> list[int]:
+    """What the naive twin says."""
+    return naive_greedy(engine.model, VOCAB, prompt, max_tokens, engine.stops)
 
 
-@both_architectures
+@every_architecture
 def test_greedy_replies_are_those_of_the_naive_twin(arch: str) -> None:
     """Alone and in a batch of prompts of all lengths: batch-mates do not change a row."""
     engine = engine_of(arch, tools=False)
     prompts = prompts_of_lengths(1, 40, 7, 19, 7)
-    twins = [naive_greedy(engine.model, engine.tokenizer, p, 30) for p in prompts]
+    twins = [twin_of(engine, p, 30) for p in prompts]
     together, _ = engine.generate_batch(prompts, max_tokens=30, temperature=0.0)
     assert together == twins
     for prompt, twin in zip(prompts, twins):
@@ -257,11 +184,11 @@ def test_two_equal_prompts_with_one_seed_get_different_replies() -> None:
     assert sequences[0] != sequences[1]
 
 
-@both_architectures
+@every_architecture
 def test_rows_beyond_the_vocabulary_are_never_sampled(arch: str) -> None:
     """The model's head is made to want nothing else."""
     engine = engine_of(arch)
-    head = engine.model.lm_head if arch == "gpt" else engine.model.model.embed_tokens
+    head = engine.model.model.embed_tokens if arch == "qwen2.5" else engine.model.lm_head
     head.weight[VOCAB:] *= 50.0
     whole = engine.model(torch.tensor([[1, 2, 3]]))[0, -1]
     assert int(whole.argmax()) >= VOCAB, "the head does not want them"
@@ -277,7 +204,7 @@ def test_generating_past_the_configured_length_works_and_training_goes_on() -> N
     engine = engine_of("gpt", tools=False)
     engine.stops = set()
     sequences, _ = engine.generate_batch([1, 2, 3], max_tokens=60, temperature=0.0)
-    assert sequences == [naive_greedy(engine.model, engine.tokenizer, [1, 2, 3], 60)]
+    assert sequences == [twin_of(engine, [1, 2, 3], 60)]
     idx = torch.tensor(sequences)
     with torch.enable_grad():
         engine.model(idx[:, :-1], idx[:, 1:]).backward()

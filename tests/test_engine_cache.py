@@ -15,6 +15,11 @@ from torch import Tensor
 
 from nanochat.engine import Engine, KVCache
 from nanochat.models import gpt, layers, qwen
+from tests.decoding_for_tests import (
+    assert_pieces_are_the_whole,
+    assert_rows_keep_to_themselves,
+    naive_greedy,
+)
 from tests.models_for_tests import tiny_model, tokens_of
 from tests.tokenizers_for_tests import tiny_tokenizer
 
@@ -60,52 +65,20 @@ def test_windows_change_what_the_model_says(windows: Any) -> None:
 def test_cached_logits_are_the_naive_ones_with_windows(
     arch: str, steps: list[int], windows: Any
 ) -> None:
-    """The same text in pieces of any size, far beyond the windows, past growths of the cache."""
-    model = tiny_model(arch)
-    idx = tokens_of(model, 2, sum(steps))
-    cache = KVCache(model.config.n_layer, batch=2)
-    pieces = [model(piece, kv_cache=cache) for piece in idx.split(steps, dim=1)]
-    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=1e-4)
+    """Far beyond the windows."""
+    assert_pieces_are_the_whole(tiny_model(arch), steps)
 
 
 @both_architectures
 def test_rows_of_different_lengths_share_a_cache_with_windows(arch: str, windows: Any) -> None:
-    """Each row says what it would say alone, whoever shares the batch; rows leave and are copied
-    on the way."""
-    model = tiny_model(arch)
-    lengths, more = [1, 13, 60, 29], 50
-    texts = [tokens_of(model, 1, n + more, seed=n) for n in lengths]
-    naive = [model(text)[0] for text in texts]  # (n + more, V)
-    cache = KVCache(model.config.n_layer, batch=4)
-    prompt = torch.full((4, max(lengths)), 95)  # 95 is padding, and also an ordinary token
-    for row, (text, n) in enumerate(zip(texts, lengths)):
-        prompt[row, :n] = text[0, :n]
-    logits = model(prompt, kv_cache=cache)
-    cache.set_lengths(lengths)
-    for row, n in enumerate(lengths):
-        assert torch.allclose(logits[row, :n], naive[row][:n], atol=1e-4)
-    rows = [0, 1, 2, 3]
-    for step in range(0, more, 2):  # two tokens a pass
-        if step == 20:
-            rows = [3, 0, 3, 2]
-            cache.select(rows)
-        at = [lengths[r] + step for r in rows]
-        idx = torch.stack([texts[r][0, n : n + 2] for r, n in zip(rows, at)])
-        logits = model(idx, kv_cache=cache)
-        for i, (r, n) in enumerate(zip(rows, at)):
-            assert torch.allclose(logits[i], naive[r][n : n + 2], atol=1e-4), (r, step)
+    assert_rows_keep_to_themselves(tiny_model(arch))
 
 
 def test_generated_text_is_the_naive_one_with_windows(windows: Any) -> None:
-    engine = Engine(tiny_model("gpt", vocab_size=416), tiny_tokenizer(400))
-    engine.stops, engine.has_tools = set(), False
+    engine = Engine(tiny_model("gpt", vocab_size=416), tiny_tokenizer(400), tools="none")
+    engine.stops = set()
     prompts = [tokens_of(engine.model, n).clamp(max=255).tolist() for n in (1, 40, 7)]
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        for _ in range(30):
-            ids.append(int(engine.model(torch.tensor([ids]))[0, -1, :400].argmax()))
-        expected.append(ids)
+    expected = [naive_greedy(engine.model, 400, prompt, 30) for prompt in prompts]
     assert engine.generate_batch(prompts, max_tokens=30, temperature=0.0)[0] == expected
 
 

@@ -15,11 +15,11 @@ from nanochat.checkpoint import list_steps, load_model, read_meta, step_dir
 from nanochat.common import UserError, read_jsonl
 from nanochat.engine import Engine
 from nanochat.flags import TrainFlags
-from nanochat.lora import LoraLinear, adapt, add_lora, has_lora, lora_optimizer, merge_lora
+from nanochat.lora import LoraLinear, adapt, add_lora, has_lora, lora_optimizer, merged_rows
 from nanochat.plan import Planner, Setup
 from nanochat.recompute import blocks_of, recompute
 from tests.models_for_tests import TINY, tiny_model, tokens_of
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, make_world, run_stage, torchrun
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, make_world, run_stage
 
 RANK = 2
 LORA_FLAGS = [*MID_FLAGS, "--lora_rank=4", "--lora_lr=0.01", "--source_tag=d2", "--eval_every=-1"]
@@ -85,16 +85,26 @@ def test_merged_it_is_a_plain_model(arch: str) -> None:
     model, plain = adapted(arch, trained=True), tiny_model(arch)
     idx = tokens_of(model, 2, 12)
     before = plain(idx)
-    tensors = copy.deepcopy(model.state_dict())
-    assert has_lora(tensors)
-    merge_lora(tensors)
-    assert list(tensors) == list(plain.state_dict())
+    held = copy.deepcopy(model.state_dict())
+    assert has_lora(held)
+    tensors = merged(held, plain)
+    for name, tensor in tensors.items():  # a rank may want some rows only
+        if tensor.ndim == 2:
+            some = merged_rows(held.__getitem__, held, name, (1, 3), tensor.device)
+            torch.testing.assert_close(some, tensor[1:3])
     plain.load_state_dict(tensors)
     assert (plain(idx) - before).abs().max() > 0.1  # there was something to merge
     torch.testing.assert_close(plain(idx), model(idx), rtol=1e-4, atol=1e-4)
-    same = {name: t.clone() for name, t in tensors.items()}
-    merge_lora(tensors)  # of a plain one nothing changes
+    same = merged(tensors, plain)  # of a plain one nothing changes
     assert all(torch.equal(same[name], t) for name, t in tensors.items())
+
+
+def merged(tensors: dict[str, torch.Tensor], plain: Any) -> dict[str, torch.Tensor]:
+    """All tensors of the plain model."""
+    return {
+        name: merged_rows(tensors.__getitem__, tensors, name, (0, len(t)), t.device)
+        for name, t in plain.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -162,8 +172,8 @@ def files(tag: str, step: int = 6) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_from_start_to_chat(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Resumed it is the same to the bit; on two ranks the same; loaded without any flag it is a
-    plain model; the next stage trains all of that."""
+    """Resumed it is the same to the bit; loaded without any flag it is a plain model; the next
+    stage trains all of that."""
     run_stage("mid_train", *LORA_FLAGS, "--model_tag=whole", "--save_every=3", "--keep_last=-1")
     said = capsys.readouterr().out
     whole = files("whole")
@@ -178,12 +188,6 @@ def test_a_run_from_start_to_chat(base: Path, capsys: pytest.CaptureFixture[str]
     again = files("whole")
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[name], t) for name, t in whole.items())
-
-    done = torchrun(2, "mid_train", *LORA_FLAGS, "--model_tag=ranks")
-    assert done.returncode == 0, done.stderr
-    assert losses(base, "ranks") == pytest.approx(losses(base, "whole"), rel=1e-4)
-    for name, t in files("ranks").items():
-        torch.testing.assert_close(t, whole[name], rtol=1e-2, atol=1e-4)
 
     model, tokenizer, meta = load_model("mid", "cpu", "whole")
     assert meta["args"]["lora_rank"] == 4

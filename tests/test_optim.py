@@ -25,13 +25,12 @@ from nanochat.common import UserError
 from nanochat.models import GPTConfig, QwenConfig, build_model
 from nanochat.optim import (
     ADAMW_KINDS,
-    POLAR_EXPRESS,
     MuonAdamW,
     ParamGroup,
     make_optimizer,
-    orthogonalize,
     refuse_divergence,
 )
+from nanochat.updates import POLAR_EXPRESS, orthogonalize
 from tests.models_for_tests import tiny_model, tokens_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -137,12 +136,12 @@ def test_the_muon_half_is_the_one_by_hand() -> None:
 
 IN_BFLOAT16 = """
 import torch
-from nanochat import optim
+from nanochat import optim, updates
 from tests.test_optim import run_both_muons
 x = torch.randn(32, 32).bfloat16()
 print("alive", float((x @ x.mT).sum()), flush=True)
-in_float32 = optim.orthogonalize
-optim.orthogonalize = lambda x, dtype: in_float32(x, torch.bfloat16)
+in_float32 = updates.orthogonalize
+updates.orthogonalize = lambda x, dtype: in_float32(x, torch.bfloat16)
 print(*run_both_muons())
 """
 

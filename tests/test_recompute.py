@@ -83,3 +83,16 @@ def test_a_compiled_model_recomputes_too(mode: Mode) -> None:
     again, found = gradients(model, compiled)
     torch.testing.assert_close(again, loss)
     torch.testing.assert_close(found, plain)
+
+
+def test_a_sharded_model_keeps_its_mode() -> None:
+    """Its classes are FSDP's by then; the mode that it has may be asked for again."""
+    model = tiny_model("gpt")
+    recompute(model, "mlp")
+    classes = [type(block.mlp) for block in blocks_of(model)]
+    for block in blocks_of(model):
+        block.unshard = None
+    recompute(model, "mlp")
+    assert [type(block.mlp) for block in blocks_of(model)] == classes
+    with pytest.raises(ValueError, match="cannot change to recompute 'block'"):
+        recompute(model, "block")

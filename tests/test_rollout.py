@@ -14,7 +14,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
-from nanochat.evals.chat import split_reply
+from nanochat.reply import split_reply
 from nanochat.rollout import (
     Rollouts,
     advantages,
@@ -125,7 +125,7 @@ def test_advantages_and_log_probabilities_stand_in_their_rows() -> None:
     by_reply = {tuple(s[:-1]): i for i, s in enumerate(rollouts.sequences)}
     for b in to_batches(rollouts, 3, pad_id=95, device=CPU):
         assert b.advantages is not None and b.advantages.shape == (len(b.idx), 1)
-        assert b.sampled is not None and b.sampled.shape == b.idx.shape and b.weights is None
+        assert b.sampled is not None and b.sampled.shape == b.idx.shape
         rows = zip(b.idx.tolist(), b.advantages[:, 0].tolist(), b.sampled.tolist())
         for idx, advantage, log_probs in rows:
             i = by_reply[tuple(t for t in idx if t != 95)]

@@ -28,10 +28,8 @@ from tests.tiny_world import (
     BASE_FLAGS,
     MID_FLAGS,
     REPO,
-    RL_FLAGS,
     make_world,
     run_stage,
-    torchrun,
     torchrun_command,
 )
 from tests.tokenizers_for_tests import big_qwen, tiny_qwen
@@ -82,11 +80,6 @@ def test_golden_curve(base: Path, arch: str) -> None:
 
 def golden_flags(arch: str) -> list[str]:
     return [*BASE_FLAGS, "--num_iterations=20", f"--model_tag=golden-{arch}", f"--arch={arch}"]
-
-
-STAGES = [("base", "base_train", BASE_FLAGS, 6), ("mid", "mid_train", MID_FLAGS, 6),
-          ("sft", "chat_sft", [*MID_FLAGS, "--total_batch_size=256"], 6),
-          ("rl", "chat_rl", RL_FLAGS, 4)]  # fmt: skip
 
 
 def test_resume_refuses_what_differs(base: Path) -> None:
@@ -199,24 +192,6 @@ def test_pretraining_goes_on_with_another_tokenizer(
         assert torch.equal(weight[rows], old.state_dict()[name][rows]), name
     with pytest.raises(UserError, match="needs a --source_tag"):
         run_stage("base_train", *BASE_FLAGS, "--retrain_embeddings")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage, script, argv, steps", STAGES)
-def test_two_ranks_resume_what_one_began(
-    base: Path, stage: str, script: str, argv: list[str], steps: int
-) -> None:
-    """Under torchrun with two gloo ranks: the same rows, and the same losses as one process."""
-    source = [] if stage == "base" else ["--source_tag=d2"]
-    argv = [*argv, *source, "--device_batch_size=1", "--save_every=2", "--keep_last=-1"]
-    run_stage(script, *argv, "--model_tag=one")
-    shutil.copytree(step_dir(stage, "one", 2), step_dir(stage, "two", 2))
-    shutil.copy(log_path(stage, "one"), log_path(stage, "two"))
-    done = torchrun(2, script, *argv, "--model_tag=two", "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(stage, "two") == pytest.approx(losses(stage, "one"), rel=1e-3, abs=1e-5)
-    assert list_steps(stage, "two") == list_steps(stage, "one")[: steps // 2]
-    assert weights(stage, "one", steps).keys() == weights(stage, "two", steps).keys()
 
 
 @pytest.mark.slow

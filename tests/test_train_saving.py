@@ -325,3 +325,22 @@ def test_wandb_goes_on_with_the_same_run(monkeypatch: pytest.MonkeyPatch) -> Non
         (None, "allow"), ("new-id", "allow"),
     ]  # fmt: skip
     assert [row["step"] for row in rows if "step/loss" in row] == [1, 2, 3, 4, 3, 4]
+
+
+# ---- several ranks
+
+
+@pytest.mark.parametrize("another_failed", [False, True])
+def test_what_torchrun_ends_for_another_rank_s_failure_does_not_speak_of_stopping(
+    another_failed: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """That failure is what one must see."""
+    monkeypatch.setattr(train.rank_log, "another_failed", lambda: another_failed)
+    trainer = make_trainer()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer._on_signal(signal.SIGTERM, None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert trainer.stopping()
+    assert ("stopping" in capfd.readouterr().err) != another_failed

@@ -12,7 +12,6 @@ what is returned is the same on every rank. Floor 4.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +22,12 @@ from typing import Any
 import torch
 
 from nanochat.common import UserError, is_rank0, seed_from
-from nanochat.conversation import Part, reply_text
+from nanochat.conversation import reply_text
 from nanochat.distributed import barrier, rank_and_world
 from nanochat.evals.control import shuffled_accuracy
 from nanochat.evals.items import Item, gather_rows, write_jsonl
 from nanochat.progress import Progress
+from nanochat.reply import split_reply
 from nanochat.tasks.common import Task
 
 
@@ -243,48 +243,6 @@ def _item(index: int, conversation: Any) -> Item:
     if "letters" in conversation:
         item["choices"] = len(conversation["letters"])
     return item
-
-
-def split_reply(
-    tokenizer: Any, ids: Sequence[int], mask: Sequence[int] | None = None
-) -> tuple[str, list[Part]]:
-    """(text, parts) of a reply's ids, the prompt not among them.
-
-    parts are text, python and python_output as in a conversation; text is the text parts joined,
-    what the reader sees. mask 0 marks forced tokens, which are tool output in every chat format."""
-    special = {}
-    for name in ("python_start", "python_end", "output_start", "output_end"):
-        try:
-            special[tokenizer.encode_special(f"<|{name}|>")] = name
-        except (KeyError, UserError):
-            continue  # Qwen's format has no tokens around the output
-    runs: list[tuple[str, list[int]]] = [("text", [])]
-    kinds = {"python_start": "python", "output_start": "python_output"}
-    kind = "text"  # of the stretch we are in, by the special tokens
-    for i, token in enumerate(ids):
-        forced = mask is not None and not mask[i]
-        if token in tokenizer.stop_token_ids and not forced:
-            break
-        if token in special:
-            kind = kinds.get(special[token], "text")
-            continue
-        if forced and not tokenizer.token_bytes[token]:
-            continue  # in ChatML the output is a turn of its own
-        current = "python_output" if forced else kind
-        if runs[-1][0] != current:
-            runs.append((current, []))
-        runs[-1][1].append(token)
-    parts: list[Part] = [
-        {"type": kind, "text": tokenizer.decode(tokens)} for kind, tokens in runs if tokens
-    ]
-    for part, following in itertools.zip_longest(parts, parts[1:]):
-        if part["type"] == "python":
-            part["text"] = tokenizer.read_tool_call(part["text"])
-        elif part["type"] == "python_output":
-            part["text"] = tokenizer.read_tool_output(part["text"])
-        elif following and following["type"] == "python":
-            part["text"] = part["text"].removesuffix(tokenizer.tool_call_gap)
-    return reply_text(parts), [part for part in parts if part["text"] or part["type"] != "text"]
 
 
 # -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat.engine import KVCache
+from nanochat.kv_cache import KVCache
 
 MAX_BATCH_TOKENS = 8192  # of one forward pass, padding included
 MAX_HEAD_TOKENS = 1024  # positions through the head at once: 256 MiB of float32 logits at 65,536

@@ -23,6 +23,7 @@ from nanochat.models.layers import (
     empty_embedding,
     lm_logits,
     matmul_flops_per_token,
+    products,
     rms_norm,
     token_losses,
 )
@@ -64,9 +65,10 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCacheLike | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, H, E)
-        k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
-        v = self.c_v(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        q, k, v = products(x, self.c_q, self.c_k, self.c_v)
+        q = q.view(B, T, -1, self.head_dim)  # (B, T, H, E)
+        k = k.view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        v = v.view(B, T, -1, self.head_dim)  # (B, T, K, E)
         # QK norm keeps attention scores bounded, whatever the weights do.
         q, k = rms_norm(apply_rotary(q, *rotary)), rms_norm(apply_rotary(k, *rotary))
         return self.c_proj(attention(q, k, v, cache, self.layer))  # (B, T, D)

@@ -8,6 +8,7 @@ E width of a head, V vocabulary, S cached positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -24,7 +25,8 @@ class KVCacheLike(Protocol):
     def positions(self, T: int) -> Tensor: ...  # (B, T): where the T new tokens of each row stand
     def end(self, T: int) -> int: ...  # one more than the largest of them, known without a sync
     def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-    # (B, 1, T, S): True = visible to a token that sees `window` positions; None = plain causal
+    # (B, 1, T, S): True = visible to a token that sees `window` positions; None = plain causal,
+    # and where T is 1 all that is held
     def mask(self, T: int, window: int | None = None) -> Tensor | None: ...
     def previous(self, idx: Tensor) -> Tensor: ...  # (B, T) ids -> ids of the tokens before them
     def advance(self, T: int) -> None: ...
@@ -70,7 +72,8 @@ class Rotary(nn.Module):
             self.cos, self.sin = angle.cos(), angle.sin() * self.direction
 
     def forward(self, T: int, cache: KVCacheLike | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin, (B or 1, T, 1, E/2), of positions 0..T-1 or of the next T of a cache's rows.
+        """cos and sin, (B or 1, T, 1, E/2), of positions 0..T-1 or of the next T of a cache's rows;
+        for one token of a cache (B, 1, 1, E), see apply_rotary.
 
         A longer text than ever seen makes the table grow, it does not fail."""
         needed = T if cache is None else cache.end(T)
@@ -79,14 +82,31 @@ class Rotary(nn.Module):
         if cache is None:
             return self.cos[None, :T, None, :], self.sin[None, :T, None, :]
         positions = cache.positions(T)  # (B, T)
-        return self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        if T == 1:  # as wide as a head, for apply_rotary's short way
+            return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos, sin
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the two halves of each head by the position's angle: (B, T, H, E) -> same."""
+    """Rotates the two halves of each head by the position's angle: (B, T, H, E) -> same.
+
+    With tables as wide as a head (cos twice, -sin and sin) it takes fewer operations: in decoding
+    a step is so short that their number is what counts."""
+    if cos.size(-1) == x.size(-1):
+        return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, dims=-1) * sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)  # (B, T, H, E/2)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def products(x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """What several linear layers make of the same input; in one product where the weights were
+    joined for serving (serving.py)."""
+    joined = getattr(linears[0], "joined", None)
+    if joined is None:
+        return [linear(x) for linear in linears]
+    return joined(x).split([linear.out_features for linear in linears], dim=-1)
 
 
 def attention(
@@ -108,7 +128,7 @@ def attention(
     if cache is not None:
         mask = cache.mask(T, window)
         held = cache.insert(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, E) each
-        if mask is not None:
+        if mask is not None or T == 1:  # a single token without a mask sees all that is held
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), *held, attn_mask=mask, enable_gqa=k.size(2) != H
             )
@@ -161,7 +181,11 @@ def lm_logits(x: Tensor, head: Tensor, softcap: float = 0.0) -> Tensor:
 
     The cap is taken in float32: tanh in bfloat16 loses the differences that decide."""
     logits = F.linear(x, head).float()
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    if not softcap:
+        return logits
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return softcap * torch.tanh(logits / softcap)
+    return logits.div_(softcap).tanh_().mul_(softcap)  # in place: in decoding memory is the time
 
 
 def matmul_flops_per_token(

@@ -21,6 +21,7 @@ from nanochat.models.layers import (
     empty_embedding,
     lm_logits,
     matmul_flops_per_token,
+    products,
     rms_norm,
     token_losses,
 )
@@ -84,9 +85,10 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCacheLike | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, E)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(B, T, -1, self.head_dim)  # (B, T, H, E)
+        k = k.view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        v = v.view(B, T, -1, self.head_dim)  # (B, T, K, E)
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         return self.o_proj(attention(q, k, v, cache, self.layer))  # (B, T, D)
 
@@ -101,7 +103,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, D)
+        gate, up = products(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)  # (B, T, D)
 
 
 class Block(nn.Module):

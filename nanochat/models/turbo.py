@@ -25,6 +25,7 @@ from nanochat.models.layers import (
     attention,
     empty_embedding,
     lm_logits,
+    products,
     rms_norm,
     token_losses,
 )
@@ -87,9 +88,10 @@ class Attention(nn.Module):
         cache: KVCacheLike | None,
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, H, E)
-        k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
-        v = self.c_v(x).view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        q, k, v = products(x, self.c_q, self.c_k, self.c_v)
+        q = q.view(B, T, -1, self.head_dim)  # (B, T, H, E)
+        k = k.view(B, T, -1, self.head_dim)  # (B, T, K, E)
+        v = v.view(B, T, -1, self.head_dim)  # (B, T, K, E)
         if self.value_gate is not None and value is not None:
             # The token's own value vector (Zhou et al., arXiv 2410.17897; a table a layer as in
             # modded-nanogpt), in each head as much as its gate says: 0 to 2, 1 at the start.

@@ -1,33 +1,47 @@
 """
-The chat server as an application object: OpenAI-compatible routes around one engine, and the page.
+The chat server as an application object: OpenAI-compatible routes around engines, and the page.
 
-    POST /v1/chat/completions   a reply, whole or streamed (server-sent events)
+    POST /v1/chat/completions   a reply to a conversation, whole or streamed (server-sent events)
+    POST /v1/completions        the continuation of a text
     GET  /v1/models             the one model there is
-    GET  /health                what is served, and how busy it is
+    GET  /health                what is served, with which defaults, and how busy it is
+    GET  /metrics               for Prometheus
+    GET  /openapi.json          all of this, for programs
     GET  /                      the chat page (page.html, one file, nothing from elsewhere)
 
 `scripts/chat_web.py` loads a model and runs this. From Python: create_app(...) and any ASGI server.
-
-Beyond OpenAI's shapes: `top_k` in a request. A tool call the model made is no text: it comes as
-`delta.tool` = {"type": "python" | "python_output", "text": ...} while streaming, and a whole
-message with tool calls has `parts`, its text and tool parts in order. Parts may be sent back as the
-`content` of an assistant message.
+What a request may say, extensions included: protocol.py. Who may ask: guard.py.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: FastAPI reads the annotations of functions made below,
+# whose names are imported where they are used.
 
 import asyncio
 import json
 import logging
-import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nanochat.serve.protocol import ApiError, ChatRequest, Limits, error_body, parse_chat_request
-from nanochat.serve.worker import Job, Worker
+from nanochat.common import UserError
+from nanochat.reply import fit_conversation
+from nanochat.scheduler import Scheduler
+from nanochat.serve.answers import Answer, ChatAnswer, TextAnswer
+from nanochat.serve.guard import Access, Guard
+from nanochat.serve.metrics import Metrics
+from nanochat.serve.page import page_route
+from nanochat.serve.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    ErrorAnswer,
+    Limits,
+    error_body,
+    refusal,
+)
+from nanochat.serve.worker import Job, Pool, Worker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,234 +50,352 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The page needs its own inline script and style, and this server; a browser refuses it all else.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
-    "style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
-}
+DESCRIPTION = """\
+OpenAI's API as far as this server has it. A parameter that is not listed is refused with 400 and
+named, unless its value asks for nothing (`"n": 1`, `"tools": []`, null).
+
+**Context.** Conversation and reply share the model's context. A reply that reaches its end has
+`finish_reason` "length". A conversation that leaves no room for a reply is refused with 400, code
+`context_length_exceeded`; with `"truncation": "auto"` its oldest exchanges are dropped instead, the
+system message is kept, and the answer's `dropped_messages` says how many went.
+
+**Special tokens** in any text are plain text and never act.
+
+**Busy.** 429 with Retry-After when the queue is full, 503 when the server is shutting down, 408
+when a request took longer than this server allows. Errors within a stream come as an event with
+`error`, then `[DONE]`.
+"""
 
 
-def create_app(engine: Any, tokenizer: Any, model_name: str, limits: Limits) -> FastAPI:
-    """The ASGI application that answers with `engine`.
+def create_app(
+    engines: Sequence[Any],
+    tokenizer: Any,
+    model_name: str,
+    limits: Limits,
+    access: Access | None = None,
+    make_scheduler: Callable[..., Any] = Scheduler,
+) -> "FastAPI":
+    """The ASGI application that answers with `engines`, each of which has a thread of its own.
 
-    One reply is generated at a time, in a thread; it is stopped when its client goes away.
-    Refused requests get 4xx and an OpenAI error object. No thread starts before a request."""
+    A reply is stopped when its client goes away. Refused requests get 4xx and an OpenAI error
+    object. No thread starts before a request. `app.state`: `draining` may be set to refuse new
+    replies, `pool` tells what is under way."""
     from fastapi import FastAPI
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-    from starlette.routing import Route
+    from fastapi.middleware.cors import CORSMiddleware
 
-    server = _ChatServer(engine, tokenizer, model_name, limits)
+    access = access or Access()
+    workers = [
+        Worker(
+            partial(make_scheduler, engine, max_batch=limits.max_concurrent),
+            tokenizer,
+            f"generate-{i}",
+            engine.device,
+        )
+        for i, engine in enumerate(engines)
+    ]
+    pool = Pool(workers, limits.max_concurrent * len(workers) + limits.max_waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         # In a thread: the token being computed may take a while, other clients are told goodbye.
-        await asyncio.to_thread(server.worker.shutdown)
+        await asyncio.to_thread(pool.shutdown)
 
-    async def refuse(_: Request, e: Exception) -> Response:
-        assert isinstance(e, ApiError)
-        return _json(e.body, e.status)
-
-    async def refuse_route(request: Request, e: Exception) -> Response:
-        assert isinstance(e, HTTPException)  # 404 and 405, raised by the router
-        return _json(error_body(f"{request.method} {request.url.path}: {e.detail}"), e.status_code)
-
-    async def hung_up(_: Request, __: Exception) -> Response:
-        return _json(error_body("client closed the request"), 499)  # for the access log only
-
-    async def fail(_: Request, e: Exception) -> Response:
-        return _json(_failure(e), 500)
-
-    return FastAPI(
+    app = FastAPI(
         title="nanochat",
+        description=DESCRIPTION,
         lifespan=lifespan,
-        routes=[
-            Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
-            Route("/v1/models", server.models, methods=["GET"]),
-            Route("/health", server.health, methods=["GET"]),
-            Route("/", server.page, methods=["GET"]),
-        ],
-        exception_handlers={
-            ApiError: refuse,
-            HTTPException: refuse_route,
-            ClientDisconnect: hung_up,
-            Exception: fail,
-        },
         docs_url=None,  # the built-in documentation pages load scripts from elsewhere
         redoc_url=None,
-        openapi_url=None,
     )
+    app.state.draining = False
+    app.state.pool = pool
+    server = _ChatServer(pool, tokenizer, model_name, limits, access.api_key is not None)
+    _add_routes(app, server)
+    _add_error_handlers(app)
+    app.add_middleware(Guard, access=access, limits=limits, metrics=server.metrics)
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(access.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return app
+
+
+def _add_routes(app: "FastAPI", server: "_ChatServer") -> None:
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+
+    refused: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorAnswer, "description": "Refused, and why"},
+        503: {"model": ErrorAnswer, "description": "Shutting down"},
+    }
+
+    app.router.routes.append(page_route())
+
+    @app.get("/health", summary="What is served, and how busy it is")
+    async def health() -> JSONResponse:
+        if app.state.draining:
+            return JSONResponse({**server.health(), "status": "shutting_down"}, 503)
+        return JSONResponse(server.health())
+
+    @app.get("/metrics", summary="For Prometheus")
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), headers={"Content-Type": Metrics.content_type})
+
+    @app.get("/v1/models", summary="The one model there is", responses=refused)
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [server.model_card]})
+
+    @app.get("/v1/models/{name}", summary="The same, by name", responses=refused)
+    async def model(name: str) -> JSONResponse:
+        if name != server.model_name:
+            raise ApiError("no such model", "model", "model_not_found", 404)
+        return JSONResponse(server.model_card)
+
+    @app.post(
+        "/v1/chat/completions",
+        summary="Continue a conversation",
+        responses=refused,
+        response_model=None,
+    )
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await server.chat(body, request)
+
+    @app.post("/v1/completions", summary="Continue a text", responses=refused, response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await server.complete(body, request)
+
+
+def _add_error_handlers(app: "FastAPI") -> None:
+    """Every error leaves as an object of OpenAI's kind."""
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+
+    async def refuse(_: "Request", e: Exception) -> "Response":
+        assert isinstance(e, ApiError)
+        return JSONResponse(e.body, e.status, headers=e.headers)
+
+    async def refuse_body(request: "Request", e: Exception) -> "Response":
+        assert isinstance(e, RequestValidationError)
+        return await refuse(request, refusal(e.errors()))
+
+    async def refuse_route(request: "Request", e: Exception) -> "Response":
+        # 404 and 405 are the router's; 400 is FastAPI's for a body that is no JSON at all: bytes
+        # that are no UTF-8, numbers of 5,000 digits, 10,000 nested lists.
+        assert isinstance(e, HTTPException)
+        where = ascii(request.url.path)[1:-1][:100]
+        message = f"{request.method} {where}: {e.detail}"
+        if e.status_code == 400:
+            message = "the body is not valid JSON"
+        return JSONResponse(error_body(message), e.status_code, headers=e.headers)
+
+    async def fail(_: "Request", e: Exception) -> "Response":
+        return JSONResponse(_failure(e).body, 500)
+
+    app.add_exception_handler(ApiError, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_body)
+    app.add_exception_handler(HTTPException, refuse_route)
+    app.add_exception_handler(Exception, fail)
 
 
 class _ChatServer:
-    """The route handlers and what they share."""
+    """What the routes do, and what they share."""
 
-    def __init__(self, engine: Any, tokenizer: Any, model_name: str, limits: Limits) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, pool: Pool, tokenizer: Any, model_name: str, limits: Limits, needs_key: bool
+    ) -> None:
+        self.pool, self.tokenizer, self.limits = pool, tokenizer, limits
+        self.needs_key = needs_key
+        self.metrics = Metrics(lambda: pool.num_running, lambda: pool.num_waiting)
         self.model_name = model_name
-        self.limits = limits
-        self.worker = Worker(engine, tokenizer, limits.max_waiting)
-        self.started = int(time.time())
-        self.html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        self.model_card = {
+            "id": model_name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "nanochat",
+        }
 
-    async def page(self, _: Request) -> Response:
-        from starlette.responses import HTMLResponse
-
-        return HTMLResponse(self.html, headers=_PAGE_HEADERS)
-
-    async def models(self, _: Request) -> Response:
-        model = {"id": self.model_name, "object": "model", "owned_by": "nanochat"}
-        return _json({"object": "list", "data": [{**model, "created": self.started}]})
-
-    async def health(self, _: Request) -> Response:
-        jobs = self.worker.num_jobs
+    def health(self) -> dict[str, Any]:
         defaults = {
             "temperature": self.limits.temperature,
             "top_k": self.limits.top_k,
-            "max_tokens": min(self.limits.max_tokens, self.limits.context),
+            "top_p": self.limits.top_p,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "max_tokens": min(self.limits.max_tokens, self.limits.longest),
         }
-        return _json(
-            {
-                "status": "ok",
-                "model": self.model_name,
-                "context": self.limits.context,
-                "defaults": defaults,
-                "running": min(jobs, 1),
-                "waiting": max(jobs - 1, 0),
-            }
-        )
+        return {
+            "status": "ok",
+            "model": self.model_name,
+            "context": self.limits.context,
+            "max_reply_tokens": self.limits.longest,
+            "defaults": defaults,
+            "needs_key": self.needs_key,
+            "workers": len(self.pool.workers),
+            "running": self.pool.num_running,
+            "waiting": self.pool.num_waiting,
+        }
 
-    async def chat_completions(self, request: Request) -> Response:
-        from starlette.responses import StreamingResponse
-
-        raw = await self._read_body(request)
-        chat = parse_chat_request(raw, self.model_name, self.limits)
+    async def chat(self, body: ChatRequest, request: "Request") -> "Response":
+        body.check(self.model_name, self.limits)
         # In a thread: a long conversation takes a moment to tokenize, and others are being served.
-        prompt = await asyncio.to_thread(self._render, chat)
-        job = self.worker.submit(
-            prompt,
-            max_tokens=min(chat.max_tokens, self.limits.context - len(prompt)),
-            temperature=chat.temperature,
-            top_k=chat.top_k,
-            seed=chat.seed,
+        prompt, dropped = await asyncio.to_thread(self._render, body)
+        job = self.pool.submit([prompt], body.sampling(self.limits, self._room(prompt)), body.n)
+        extra = {"dropped_messages": dropped} if body.truncation == "auto" else {}
+        as_text = body.tool_format == "text"
+        answer = ChatAnswer(self.model_name, job, extra, tools_as_text=as_text)
+        return await self._answer(answer, body, request)
+
+    async def complete(self, body: CompletionRequest, request: "Request") -> "Response":
+        given = body.prompts()
+        body.check(self.model_name, self.limits, len(given))
+        prompts = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in given])
+        room = min(map(self._room, prompts))
+        job = self.pool.submit(prompts, body.sampling(self.limits, room), body.n)
+        return await self._answer(TextAnswer(self.model_name, job), body, request)
+
+    # ---- prompts
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        """What the context leaves for the reply."""
+        return self.limits.context - len(prompt)
+
+    def _least(self, texts: Sequence[str]) -> int:
+        """Fewest tokens that the texts can have: what is hopelessly long is refused before it costs
+        anything."""
+        return sum(len(t.encode()) for t in texts) // int(self.tokenizer.token_bytes.max())
+
+    def _exceeded(self, found: str, param: str) -> ApiError:
+        return ApiError(
+            f"{param} have {found} tokens; this model's context is {self.limits.context} tokens, "
+            "reply included. Shorten them, or start anew.",
+            param,
+            "context_length_exceeded",
         )
-        if chat.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            chunks = self._stream(job, chat.include_usage)
-            return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
-        return await self._whole(request, job)
 
-    async def _read_body(self, request: Request) -> bytes:
-        """The request's bytes, never more than the limit in memory, whatever its headers claim."""
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.limits.max_body:
-                raise ApiError(
-                    f"the request is longer than {self.limits.max_body} bytes", status=413
-                )
-        return bytes(body)
-
-    def _render(self, chat: ChatRequest) -> list[int]:
-        """The prompt's token ids, if they leave room for a reply."""
+    def _render(self, body: ChatRequest) -> tuple[list[int], int]:
+        """The prompt's token ids, if they leave room for a reply, and the messages left out."""
+        conversation = body.conversation()
         context = self.limits.context
-        # A text of n bytes has at least n / (longest token) tokens: what is hopelessly long is
-        # refused before it costs anything.
-        contents = [message["content"] for message in chat.conversation["messages"]]
-        texts = [c if isinstance(c, str) else "".join(p["text"] for p in c) for c in contents]
-        least = sum(len(t.encode()) for t in texts) // int(self.tokenizer.token_bytes.max())
-        ids = [] if least >= context else self.tokenizer.render_for_completion(chat.conversation)
-        if not ids or len(ids) >= context:
-            found = f"{len(ids)}" if ids else f"more than {least}"
-            raise ApiError(
-                f"the conversation has {found} tokens; this model's context is {context} tokens, "
-                "reply included. Shorten it or start a new conversation.",
-                "messages",
-                "context_length_exceeded",
-            )
+        if body.truncation == "auto":
+            wanted = body.length_asked or self.limits.max_tokens
+            # A quarter at least is for the conversation's end, however long a reply is asked for
+            room = max(1, min(wanted, context * 3 // 4))
+            try:
+                return fit_conversation(self.tokenizer, conversation["messages"], context, room)
+            except UserError as e:
+                raise ApiError(str(e), "messages", "context_length_exceeded") from e
+        contents = [message["content"] for message in conversation["messages"]]
+        least = self._least(
+            [c if isinstance(c, str) else "".join(p["text"] for p in c) for c in contents]
+        )
+        if least >= context:
+            raise self._exceeded(f"more than {least}", "messages")
+        ids = self.tokenizer.render_for_completion(conversation)
+        if len(ids) >= context:
+            raise self._exceeded(str(len(ids)), "messages")
+        return ids, 0
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        """The token ids of a text to be continued, which begins as a document does."""
+        if isinstance(prompt, str):
+            least = self._least([prompt])
+            if least >= self.limits.context:
+                raise self._exceeded(f"more than {least}", "prompt")
+            ids = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id())
+        else:
+            ids = prompt
+        size = self.tokenizer.get_vocab_size()
+        if not ids or max(ids) >= size:
+            raise ApiError(f"prompt must be token ids below {size}, one at least", "prompt")
+        if len(ids) >= self.limits.context:
+            raise self._exceeded(str(len(ids)), "prompt")
         return ids
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        """The fields that every answer and every chunk of one begins with."""
-        return {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": self.model_name,
-        }
+    # ---- answers
 
-    async def _whole(self, request: Request, job: Job) -> Response:
-        """Waits for the whole reply, watching that the client does too."""
-        watcher = asyncio.create_task(_cancel_when_gone(request, job))
+    async def _answer(
+        self, answer: Answer, body: ChatRequest | CompletionRequest, request: "Request"
+    ) -> "Response":
+        from starlette.responses import JSONResponse, StreamingResponse
+
+        job = answer.job
+        # Not by a `finally` here or in _stream: a client may be gone before that begins
+        request.state.at_end.append(lambda: self._end(job))
+        self.metrics.prompt_tokens.inc(job.num_prompt_tokens)
         try:
-            async for _ in job:
-                pass
+            await job.accepted()
+            if body.stream:
+                chunks = self._stream(answer, body.stream_options.include_usage, request)
+                headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+                return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+            await self._wait(answer, request)
+            return JSONResponse(answer.whole())
+        except ApiError:
+            raise
         except Exception as e:  # answered here: the framework's way would drop the connection too
-            return _json(_failure(e), 500)
-        finally:
-            job.cancel()
-            watcher.cancel()
-        message: dict[str, Any] = {"role": "assistant", "content": job.reply.text}
-        if any(part["type"] != "text" for part in job.reply.parts):
-            message["parts"] = job.reply.parts
-        choice = {"index": 0, "message": message, "logprobs": None}
-        choice["finish_reason"] = job.reply.reason or "stop"
-        return _json({**self._head("chat.completion"), "choices": [choice], "usage": _usage(job)})
+            return JSONResponse(_failure(e).body, 500)
 
-    async def _stream(self, job: Job, include_usage: bool) -> AsyncIterator[str]:
-        """The reply as server-sent events. Cancelled by the framework when the client goes away."""
-        head = self._head("chat.completion.chunk")
+    def _end(self, job: Job) -> None:
+        job.cancel()
+        self.metrics.completion_tokens.inc(job.num_tokens)
 
-        def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> str:
-            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-            return _event({**head, "choices": [choice]})
+    async def _wait(self, answer: Answer, request: "Request") -> None:
+        """Until the replies are whole, watching that the client waits too."""
 
+        async def cancel_when_gone() -> None:
+            # Polled: a whole reply sends nothing in between
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.1)  # seconds
+            request.state.client_gone = True
+            answer.job.cancel()
+
+        watcher = asyncio.create_task(cancel_when_gone())
         try:
-            yield chunk({"role": "assistant", "content": ""})
-            async for kind, text in job:
-                if kind == "text":
-                    yield chunk({"content": text})
-                elif kind == "end":
-                    yield chunk({}, text)
-                else:
-                    part_type = "python" if kind == "tool" else "python_output"
-                    yield chunk({"tool": {"type": part_type, "text": text}})
-            if include_usage:
-                yield _event({**head, "choices": [], "usage": _usage(job)})
-        except Exception as e:  # the status line is long sent: the error goes where the text went
-            yield _event(_failure(e))
+            first = True
+            async for piece in answer.job:
+                self._note_first(first, request)
+                first = False
+                answer.note(piece)
         finally:
-            job.cancel()
+            watcher.cancel()
+
+    def _note_first(self, first: bool, request: "Request") -> None:
+        if first:
+            self.metrics.first_token.observe(time.monotonic() - request.state.began)
+
+    async def _stream(
+        self, answer: Answer, include_usage: bool, request: "Request"
+    ) -> AsyncIterator[str]:
+        """The replies as server-sent events. Cancelled when the client goes away."""
+        # With usage in the last chunk, OpenAI's other chunks have the key too
+        usage = {"usage": None} if include_usage else {}
+        first = True
+        request.state.client_gone = True  # until the end is reached
+        try:
+            for choice in answer.opening():
+                yield _event(answer.chunk(choice, **usage))
+            async for piece in answer.job:
+                self._note_first(first, request)
+                first = False
+                yield _event(answer.chunk(answer.choice(piece), **usage))
+            if include_usage:
+                yield _event(answer.chunk(usage=answer.usage()))
+            request.state.client_gone = False
+        except Exception as e:  # the status line is long sent: the error goes where the text went
+            request.state.client_gone = False
+            yield _event(e.body if isinstance(e, ApiError) else _failure(e).body)
         yield "data: [DONE]\n\n"
 
 
-async def _cancel_when_gone(request: Request, job: Job) -> None:
-    """Cancels the job when the client hangs up. Polled: a whole reply sends nothing in between."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)  # seconds
-    job.cancel()
-
-
-def _usage(job: Job) -> dict[str, int]:
-    prompt, completion = len(job.prompt), job.reply.num_tokens
-    total = prompt + completion
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
-
-
-def _failure(e: Exception) -> dict[str, Any]:
+def _failure(e: Exception) -> ApiError:
     """Logs a fault of ours in full and tells the client its kind only."""
     logger.error("generation failed", exc_info=e)
-    return error_body(f"internal error: {type(e).__name__}", kind="server_error")
-
-
-def _json(body: dict[str, Any], status: int = 200) -> Response:
-    from starlette.responses import JSONResponse
-
-    return JSONResponse(body, status_code=status)
+    return ApiError(f"internal error: {type(e).__name__}", None, "internal", 500)
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ import torch
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.evals import chat, items
-from nanochat.evals.chat import letter_ids, pick_problems, run_chat_eval, split_reply
+from nanochat.evals.chat import letter_ids, pick_problems, run_chat_eval
+from nanochat.reply import split_reply
 from nanochat.tasks.choice import MultipleChoice
 from nanochat.tasks.common import Rows
 from nanochat.tasks.custom import Custom

@@ -14,12 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.engine import Engine, KVCache
 from nanochat.hf import config_to_hf
 from nanochat.models import Turbo, TurboConfig, build_model, turbo
 from nanochat.models.layers import rms_norm
 from tests.models_for_tests import TINY, randomise, tiny_model, tokens_of
-from tests.tokenizers_for_tests import tiny_tokenizer
 
 
 def oracle(model: Any) -> Any:
@@ -228,58 +226,3 @@ def test_every_addition_matters(addition: str) -> None:
     before = model(idx)
     ADDITIONS[addition](model)
     assert (model(idx) - before).abs().max() > 1e-2
-
-
-# ---- with a cache --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [[5, 1, 7, 1, 1, 30, 1], [40, *[1] * 60], [1, 64, 65, 3]])
-@torch.no_grad()
-def test_cached_logits_are_the_naive_ones(steps: list[int]) -> None:
-    """The same text in pieces of any size, far beyond the windows, past growths of the cache."""
-    model = tiny_model("turbo")
-    idx = tokens_of(model, 2, sum(steps))
-    cache = KVCache(model.config.n_layer, batch=2)
-    pieces = [model(piece, kv_cache=cache) for piece in idx.split(steps, dim=1)]
-    assert torch.allclose(torch.cat(pieces, dim=1), model(idx), atol=1e-4)
-
-
-@torch.no_grad()
-def test_rows_of_different_lengths_share_a_cache() -> None:
-    """Each row says what it would say alone, whoever shares the batch; rows leave and are copied
-    on the way."""
-    model = tiny_model("turbo")
-    lengths, more = [1, 13, 60, 29], 24
-    texts = [tokens_of(model, 1, n + more, seed=n) for n in lengths]
-    naive = [model(text)[0] for text in texts]  # (n + more, V)
-    cache = KVCache(model.config.n_layer, batch=4)
-    prompt = torch.full((4, max(lengths)), 95)  # 95 is padding, and also an ordinary token
-    for row, (text, n) in enumerate(zip(texts, lengths)):
-        prompt[row, :n] = text[0, :n]
-    logits = model(prompt, kv_cache=cache)
-    cache.set_lengths(lengths)
-    for row, n in enumerate(lengths):
-        assert torch.allclose(logits[row, :n], naive[row][:n], atol=1e-4)
-    rows = [0, 1, 2, 3]
-    for step in range(0, more, 2):  # two tokens a pass
-        if step == 10:
-            rows = [3, 0, 3, 2]
-            cache.select(rows)
-        at = [lengths[r] + step for r in rows]
-        idx = torch.stack([texts[r][0, n : n + 2] for r, n in zip(rows, at)])
-        logits = model(idx, kv_cache=cache)
-        for i, (r, n) in enumerate(zip(rows, at)):
-            assert torch.allclose(logits[i], naive[r][n : n + 2], atol=1e-4), (r, step)
-
-
-def test_generated_text_is_the_naive_one() -> None:
-    engine = Engine(tiny_model("turbo", vocab_size=416), tiny_tokenizer(400))
-    engine.stops, engine.has_tools = set(), False
-    prompts = [tokens_of(engine.model, n).clamp(max=255).tolist() for n in (1, 40, 7)]
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        for _ in range(20):
-            ids.append(int(engine.model(torch.tensor([ids]))[0, -1, :400].argmax()))
-        expected.append(ids)
-    assert engine.generate_batch(prompts, max_tokens=20, temperature=0.0)[0] == expected

@@ -108,6 +108,8 @@ def test_one_command_prints_and_draws(
     main(flags.parse(Args, [a, str(run_dir("base", "b"))]))
     picture = own_base_dir / "report" / "compare_base_a_base_b.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
+    page = picture.with_suffix(".html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 6 and "What is different" in page  # two measures over three axes
     said = capsys.readouterr().out
     text = picture.with_suffix(".md").read_text(encoding="utf-8")
     assert "## Results" in text and text.splitlines()[0] in said and str(picture) in said

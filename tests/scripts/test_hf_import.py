@@ -164,8 +164,8 @@ def test_it_is_evaluated_and_talks(arch: str, capsys: pytest.CaptureFixture[str]
     run_stage("chat_cli", "--device_type=cpu", tag, "--prompt=Hello!", "--max_new_tokens=8")
     assert capsys.readouterr().out
     model, tokenizer, _ = load_model("sft", "cpu", f"{arch}-chat")  # as scripts.chat_web does
-    limits = Limits(model.config.sequence_len, 8, 0.0, 50)
-    with TestClient(create_app(Engine(model, tokenizer), tokenizer, "it", limits)) as client:
+    limits = Limits(model.config.sequence_len, max_tokens=8, temperature=0.0)
+    with TestClient(create_app([Engine(model, tokenizer)], tokenizer, "it", limits)) as client:
         asked = {"messages": [{"role": "user", "content": "Hello!"}]}
         reply = client.post("/v1/chat/completions", json=asked).json()
     assert reply["model"] == "it" and reply["usage"]["completion_tokens"] > 0

@@ -1,10 +1,13 @@
-"""ReplyStream: what a reader sees of a reply, token by token."""
+"""What a reader sees of a reply: token by token, whole, and what of a conversation still fits."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from nanochat.serve.stream import ReplyStream
+from nanochat.common import UserError
+from nanochat.reply import ReplyStream, fit_conversation
 from nanochat.tokenizer import Tokenizer
 from tests.engines_for_tests import ScriptedEngine, script_of
 from tests.tokenizers_for_tests import tiny_qwen, tiny_tokenizer
@@ -143,3 +146,79 @@ def test_run_stops_when_cancelled_and_closes_the_engine() -> None:
     events = list(reply.run(engine, [1], lambda: engine.num_yielded > 4, max_tokens=100))
     assert engine.num_yielded == 5 and engine.closed.is_set()
     assert not [event for event in events if event[0] == "end"]
+
+
+# ---- stop strings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(265), tiny_tokenizer(), tiny_qwen()])
+@pytest.mark.parametrize(
+    "text, stop, shown",
+    [
+        ("one, two, three", [","], "one"),
+        ("one, two, three", ["three", "two"], "one, "),  # the first in the text counts
+        ("aaab", ["aab"], "a"),  # a beginning that comes to nothing, and a new one inside of it
+        ("ababac", ["abac"], "ab"),
+        ("é🙂東x", ["東"], "é🙂"),
+        ("a\n\nb", ["\n\n"], "a"),
+        ("one tw", ["two"], None),  # held back, and shown when nothing more comes
+        ("one", ["o"], ""),
+    ],
+)
+def test_text_ends_before_a_stop_string(
+    tokenizer: Tokenizer, text: str, stop: list[str], shown: str | None
+) -> None:
+    reply = ReplyStream(tokenizer, stop)
+    events = joined(feed_all(reply, script_of(tokenizer, text)))
+    wanted = text if shown is None else shown
+    assert events == [*([("text", wanted)] if wanted else []), ("end", "stop")]
+    assert reply.text == wanted
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    tokenizer = tiny_tokenizer(265)  # bytes
+    reply = ReplyStream(tokenizer, ["END"])
+    seen = [reply.feed(id) for id in tokenizer.encode("xENEND")]
+    texts = ["".join(text for kind, text in events if kind == "text") for events in seen]
+    assert texts == ["x", "", "", "EN", "", ""]
+    assert reply.reason == "stop" and reply.num_tokens == 6
+    half = ReplyStream(tokenizer, ["END"])
+    assert half.feed(tokenizer.encode("E")[0]) == []
+    assert half.finish() == [("text", "E"), ("end", "length")]
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), tiny_qwen()], ids=["ours", "qwen"])
+def test_stop_strings_are_looked_for_in_text_alone(tokenizer: Tokenizer) -> None:
+    """Not in a call, nor in its output, nor across them."""
+    reply = ReplyStream(tokenizer, ["27+15", "= 42."])
+    assert joined(feed_all(reply, script_of(tokenizer, TOOL_REPLY)))[-2:] == [
+        ("text", "42."),
+        ("end", "stop"),
+    ]
+    assert reply.parts == TOOL_REPLY
+
+
+# ---- conversations that fit ----------------------------------------------------------------------
+
+
+def talk(*texts: str, system: str = "") -> list[dict[str, str]]:
+    roles = ["user", "assistant"] * len(texts)
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+@pytest.mark.parametrize("make", [tiny_tokenizer, tiny_qwen])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_the_oldest_exchanges_go_first_and_the_system_message_stays(make: Any, system: str) -> None:
+    tokenizer = make()
+    messages = talk("one " * 9, "two " * 9, "three " * 9, "four " * 9, "five", system=system)
+    first = len(messages) - 5
+    for dropped in (0, 2, 4):
+        kept = [*messages[:first], *messages[first + dropped :]]
+        wanted = tokenizer.render_for_completion({"messages": kept})
+        context = len(wanted) + 10
+        assert fit_conversation(tokenizer, messages, context, 10) == (wanted, dropped)
+        if dropped < 4:
+            assert fit_conversation(tokenizer, messages, context - 1, 10)[1] == dropped + 2
+    with pytest.raises(UserError, match=rf"has {len(wanted)} tokens.*{context - 1}, of which 10"):
+        fit_conversation(tokenizer, messages, context - 1, 10)

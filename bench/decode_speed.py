@@ -1,0 +1,247 @@
+"""
+How fast replies are written, beside transformers' generate with the same exported model.
+
+    python -m bench.decode_speed
+    python -m bench.decode_speed --depth=8 --batches 1 --batches 4
+    python -m bench.decode_speed --device_type=cuda --size=qwen2.5-0.5b --new_tokens=512
+
+A random model of each architecture is exported and loaded by transformers (NanoChatForCausalLM,
+Qwen2ForCausalLM); both write the same number of tokens, always the likeliest, from the same
+prompts, and the share of equal tokens is told. Ours is a scheduler (nanochat/scheduler.py) over the
+model made ready to serve (nanochat/serving.py), --step as the engine takes it. In float32 on a CPU,
+in bfloat16 on a GPU. The rounds alternate, the medians count. What int8 weights cost is told in
+bits per byte, beside the same rows in float32: of a model that has learned this repository's texts
+for a minute. The result goes to bench/results/decode_speed.json.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import surroundings
+from bench.bpe_common import RESULTS
+from nanochat import flags
+from nanochat.common import UserError, print0, write_json
+from nanochat.engine import Engine
+from nanochat.hf_export import export_model
+from nanochat.models import ARCHITECTURES, build_model, make_config
+from nanochat.sampling import Sampling
+from nanochat.scheduler import Scheduler
+from nanochat.serving import make_ready
+from nanochat.tokenizer import Tokenizer
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass
+class Args:
+    """Compare our speed of decoding with transformers'."""
+
+    device_type: str = "cpu"
+    """cpu or cuda."""
+    depth: int = 4
+    """Size of the models."""
+    size: str = ""
+    """A named size (qwen2.5-0.5b) in place of both architectures at --depth."""
+    vocab_size: int = 8192
+    """Tokens of the tokenizer, which is trained on this repository's texts."""
+    prompt_tokens: int = 48
+    """Length of the prompts."""
+    new_tokens: int = 128
+    """Length of the replies."""
+    batches: list[int] = field(default_factory=lambda: [1, 16])
+    """Rows that are written at once."""
+    rounds: int = 7
+    """Alternating rounds; the first is not counted."""
+    threads: int = 0
+    """Threads of a CPU; 0: as PyTorch chooses."""
+    step: str = "compiled"
+    """How ours decodes a token: plain, compiled, or on CUDA graph."""
+    quality_steps: int = 150
+    """Training steps of the model that int8 is judged by; 0: int8 is not judged."""
+    peer: bool = True
+    """Whether transformers runs too."""
+    out: str = str(RESULTS / "decode_speed.json")
+    """File for the result; empty: none."""
+
+
+def tokenizer_of(vocab_size: int) -> Tokenizer:
+    """Learned from this repository's own texts."""
+    paths = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/**/*.py")])
+    return Tokenizer.train((p.read_text(encoding="utf-8") for p in paths), vocab_size)
+
+
+def random_model(arch: str, args: Args, vocab_size: int, device: torch.device) -> Any:
+    """A model in which every parameter matters: none is zero or one."""
+    length = max(1024, args.prompt_tokens + args.new_tokens)
+    config, _ = make_config(args.size or arch, args.depth, vocab_size, length)
+    model = build_model(config, device, seed=1).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, device=device)
+    return model
+
+
+def peer_of(folder: Path, device: torch.device) -> Any:
+    """transformers' generate for the exported folder: (B, T) prompts -> new ids."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    twin.generation_config.eos_token_id = None  # every reply runs to its full length
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        idx = torch.tensor(prompts, device=device)
+        with torch.inference_mode():
+            out = twin.generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=new_tokens,
+                do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+        return out[:, idx.size(1) :].tolist()
+
+    return generate
+
+
+def seconds(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
+    gc.collect()
+    started = time.perf_counter()
+    ids = run()  # lists on the host: the device has finished
+    return time.perf_counter() - started, ids
+
+
+def compare(arch: str, args: Args, tokenizer: Tokenizer, folder: Path) -> list[dict[str, Any]]:
+    """A line for each batch size of one architecture."""
+    device = torch.device(args.device_type)
+    model = random_model(arch, args, tokenizer.get_vocab_size(), device)
+    peer = None
+    if args.peer:
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        export_model(folder / arch, model, tokenizer, chat=True, card="", dtype=dtype)
+        peer = peer_of(folder / arch, device)
+    ready = make_ready(model, torch.bfloat16 if device.type == "cuda" else None)
+    engine = Engine(ready, tokenizer, tools="none", step=args.step)
+    engine.stops = set()
+    sampling = Sampling(max_tokens=args.new_tokens, temperature=0.0)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for batch in args.batches:
+        prompts = torch.randint(
+            0, 256, (batch, args.prompt_tokens), generator=generator
+        ).tolist()  # bytes: any text begins like this
+
+        scheduler = Scheduler(engine, max_batch=batch)
+
+        def ours(
+            prompts: list[list[int]] = prompts, scheduler: Scheduler = scheduler
+        ) -> list[list[int]]:
+            requests = [scheduler.add(prompt, sampling)[0] for prompt in prompts]
+            while scheduler.running or scheduler.waiting:
+                scheduler.step()
+            return [request.tokens for request in requests]
+
+        mine, theirs, equal = [], [], 0.0
+        for _ in range(args.rounds):
+            taken, ids = seconds(ours)
+            mine.append(taken)
+            if peer is not None:
+                taken, other = seconds(lambda prompts=prompts: peer(prompts, args.new_tokens))
+                theirs.append(taken)
+                same = [a == b for x, y in zip(ids, other) for a, b in zip(x, y)]
+                equal = sum(same) / len(same)
+        row = {
+            "arch": arch,
+            "batch": batch,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "ours_tokens_per_second": _rate(batch, args, mine),
+        }
+        if peer is not None:
+            row |= {
+                "transformers_tokens_per_second": _rate(batch, args, theirs),
+                "times": statistics.median(theirs[1:]) / statistics.median(mine[1:]),
+                "equal_tokens": equal,
+            }
+        print0(
+            " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        )
+        rows.append(row)
+    return rows
+
+
+def int8_quality(arch: str, args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Bits per byte of float32 and int8 weights on the same rows, which training did not see."""
+    device, T = torch.device(args.device_type), 128
+    config, _ = make_config(arch, args.depth, tokenizer.get_vocab_size(), T)
+    model = build_model(config, device, seed=1)
+    paths = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/**/*.py")])
+    documents = tokenizer.encode([p.read_text(encoding="utf-8") for p in paths])
+    train, held_out = (
+        torch.tensor([id for i, ids in enumerate(documents) if (i % 10 == 0) == last for id in ids])
+        for last in (False, True)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(args.quality_steps):
+        at = torch.randint(0, len(train) - T - 1, (8, 1), generator=generator)
+        rows = train[at + torch.arange(T + 1)].to(device)
+        loss = model(rows[:, :-1], rows[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = held_out[: len(held_out) // (T + 1) * (T + 1)].view(-1, T + 1)[:200].to(device)
+    size = int(torch.as_tensor(tokenizer.token_bytes)[rows[:, 1:].cpu()].sum())
+    bits = {}
+    for name in ("none", "int8"):
+        ready = make_ready(model, quantize=name)
+        with torch.inference_mode():
+            nats = sum(float(ready(r[:, :-1], r[:, 1:], reduction="sum")) for r in rows.split(20))
+        bits[name] = nats / size / math.log(2)
+    found = {
+        "arch": arch,
+        "float32_bits_per_byte": bits["none"],
+        "int8_bits_per_byte": bits["int8"],
+        "increase": bits["int8"] / bits["none"] - 1,
+        "rows": len(rows),
+    }
+    print0(f"{arch}: {bits['none']:.4f} bits per byte in float32, {bits['int8']:.4f} in int8")
+    return found
+
+
+def _rate(batch: int, args: Args, taken: list[float]) -> float:
+    """Tokens per second, of the median of the rounds that count."""
+    return batch * args.new_tokens / statistics.median(taken[1:])
+
+
+def main(args: Args) -> None:
+    load = os.getloadavg()[0]
+    if args.rounds < 2:
+        raise UserError(f"--rounds={args.rounds} must be at least 2: the first is not counted")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tokenizer = tokenizer_of(args.vocab_size)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for arch in [args.size] if args.size else ["gpt", "qwen2.5"]:
+            rows += compare(arch, args, tokenizer, Path(folder))
+    quality = [
+        int8_quality(arch, args, tokenizer)
+        for arch in (ARCHITECTURES if args.quality_steps else ())
+    ]
+    if args.out:
+        about = {"args": vars(args), "threads": torch.get_num_threads()}
+        write_json(args.out, {**about, "rows": rows, "int8": quality, **surroundings(load)})
+        print0(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    flags.run(main, Args)

@@ -1,0 +1,94 @@
+"""
+A model made ready to serve says what the model says, and leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nanochat.common import UserError
+from nanochat.engine import Engine
+from nanochat.int8 import Int8Linear, quantize_linears
+from nanochat.serving import make_ready
+from tests.decoding_for_tests import assert_close, assert_pieces_are_the_whole
+from tests.models_for_tests import TINY, tiny_model, tokens_of
+from tests.tokenizers_for_tests import tiny_tokenizer
+
+every_architecture = pytest.mark.parametrize("arch", TINY)
+
+
+@every_architecture
+@torch.no_grad()
+def test_the_same_logits_under_the_same_names(arch: str) -> None:
+    model = tiny_model(arch)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ready = make_ready(model)
+    idx = tokens_of(model, 2, 40)
+    assert_close(ready(idx), model(idx))
+    assert_pieces_are_the_whole(ready, [5, 1, 1, 30, 1])
+    assert {n: p.shape for n, p in ready.named_parameters()} == {
+        n: p.shape for n, p in before.items()
+    }
+    for name, p in ready.named_parameters():
+        assert torch.equal(p, before[name]) and not p.requires_grad, name
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.requires_grad, name
+
+
+def test_layers_of_the_same_input_are_joined_and_share_their_memory() -> None:
+    for arch, modules in (("gpt", 1), ("turbo", 1), ("qwen2.5", 2)):
+        ready = make_ready(tiny_model(arch))
+        joined = [m.joined for m in ready.modules() if "joined" in m.__dict__]
+        assert len(joined) == 3 * modules  # of three layers
+        storages = {p.untyped_storage().data_ptr() for p in ready.parameters()}
+        assert all(j.weight.untyped_storage().data_ptr() in storages for j in joined)
+
+
+@every_architecture
+@torch.no_grad()
+def test_the_dtype_is_cast_once_and_angles_stay_precise(arch: str) -> None:
+    model = tiny_model(arch)
+    ready = make_ready(model, torch.float16)
+    assert {p.dtype for p in ready.parameters()} == {torch.float16}
+    assert ready.rotary.cos.dtype == torch.float32
+    idx = tokens_of(model, 1, 20)
+    wanted = model(idx)
+    assert (ready(idx) - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
+# ---- int8 ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_int8_rounds_each_row_to_its_own_scale() -> None:
+    linear = nn.Linear(3, 3)
+    linear.weight.copy_(torch.tensor([[1.27, -0.5, 0.004], [0, 0, 0], [-254.0, 1.4, 3.0]]))
+    layer = Int8Linear(linear)
+    assert layer.weight.tolist() == [[127, -50, 0], [0, 0, 0], [-127, 1, 2]]  # halves to even
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    rounded = torch.tensor([[1.27, -0.5, 0.0], [0, 0, 0], [-254.0, 2.0, 4.0]])
+    assert torch.allclose(layer(x), x @ rounded.T + linear.bias)
+
+
+@every_architecture
+@torch.no_grad()
+def test_int8_is_near_and_leaves_head_and_embeddings(arch: str) -> None:
+    model = tiny_model(arch)
+    ready = make_ready(model, quantize="int8")
+    kept = {n for n, p in ready.named_parameters() if p.ndim == 2}
+    assert all("wte" in n or "embed" in n or "lm_head" in n or "gate" in n for n in kept), kept
+    idx = tokens_of(model, 2, 40)
+    wanted, found = model(idx), ready(idx)
+    assert 0 < (found - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+    assert_pieces_are_the_whole(ready, [5, 1, 1, 30, 1])
+    engine = Engine(tiny_model(arch, vocab_size=416), tiny_tokenizer(400), tools="none")
+    engine.model = make_ready(engine.model, quantize="int8")
+    assert len(engine.generate_batch([1, 2], max_tokens=5)[0][0]) > 2
+
+
+def test_what_is_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--quantize=int4.*none or int8"):
+        make_ready(tiny_model("gpt"), quantize="int4")
+    assert quantize_linears(tiny_model("gpt")) == 3 * 6
