@@ -158,7 +158,7 @@ def _gpu_time(runs: list[Run], price: float | None) -> str:
         return "none: trained without a GPU"
     if price is None:
         return f"{hours:.3g} GPU-hours (their cost: --gpu_hour_price)"
-    return f"{hours:.3g} GPU-hours, ${hours * price:,.2f} at ${price:g} each"
+    return f"{hours:.3g} GPU-hours, ${hours * price:,.2f} at ${price:,.2f} each"
 
 
 def _ranks(run: Run) -> int:
@@ -173,7 +173,7 @@ def _place(machine: Row) -> str:
         [
             *(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)),
             *([str(machine["cpu"])] if machine.get("cpu") else []),
-            *([f"{machine['cores']} core(s)"] if machine.get("cores") else []),
+            *([f"{n} core{'s' * (n != 1)}"] if (n := machine.get("cores")) else []),
             *([f"{machine['memory_gib']} GiB memory"] if machine.get("memory_gib") else []),
             *([str(machine["platform"])] if machine.get("platform") else []),
         ]

@@ -233,7 +233,10 @@ def _whole(run: Run, measure: Measure, axis: str) -> float | None:
 def comparison_panels(a: Run, b: Run) -> list[Panel]:
     """Every shared measure over steps, tokens and seconds."""
     return [
-        Panel(f"{measure.label} over {axis}", partial(_draw, runs=(a, b), what=measure, axis=axis))
+        Panel(
+            f"{measure.label.split(',')[0]} over {axis}",
+            partial(_draw, runs=(a, b), what=measure, axis=axis),
+        )
         for measure in shared_measures((a, b))
         for axis in AXES
     ]
@@ -245,7 +248,7 @@ def _draw(axes: Any, runs: tuple[Run, Run], what: Measure, axis: str) -> None:
         style = "o-" if what.kind == "evals" else "-"
         axes.plot(*thinned(x, y), style, color=colour, lw=1.6, ms=3, label=label)
     axes.xaxis.set_major_formatter(in_short)
-    axes.set_xlabel(axis, fontsize=9)
+    axes.set_xlabel(axis)
     # Where a loss falls from that of no knowledge, the end of the curves is what is looked at: the
     # first tenth may leave the picture.
     ends = [v for y in (curve(run, what, "steps")[1] for run in runs) for v in y[len(y) // 10 :]]

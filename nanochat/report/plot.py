@@ -96,7 +96,7 @@ def _curve(axes: Any, run: Run) -> None:
         noise = [v for v in values[start:] if math.isfinite(v)]
         seen = [*smooth[start:], *tested[1][1:], *(np.percentile(noise, [1, 99]) if noise else [])]
         limit(axes, seen)
-    axes.set_xlabel("step", fontsize=9, color=_GREY)
+    axes.set_xlabel("step")
 
 
 def _bits(axes: Any, run: Run) -> None:
@@ -105,7 +105,7 @@ def _bits(axes: Any, run: Run) -> None:
     _dots(axes, steps, values, "validation")
     if len(values) > 3:
         limit(axes, values[1:])
-    axes.set_xlabel("step", fontsize=9, color=_GREY)
+    axes.set_xlabel("step")
 
 
 def _dots(axes: Any, steps: list[int], values: list[float], label: str) -> None:
@@ -148,10 +148,12 @@ def _stages(axes: Any, runs: Sequence[Run], key: str, scale: float) -> None:
         axes.plot(*thinned(x, [scale * v for v in values]), color=COLOURS[run.stage], lw=1.8,
                   label=run.stage)  # fmt: skip
         begin += run.seconds or 0.0
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.12)
+    highest = max(
+        (v for line in axes.lines for v in line.get_ydata() if math.isfinite(v)), default=0
+    )
+    axes.set_ylim(0, 1.1 * highest or 1)
     axes.yaxis.set_major_formatter(in_short)
-    axes.set_xlabel(f"{name} of training, all stages", fontsize=9, color=_GREY)
+    axes.set_xlabel(f"{name} of training, all stages")
 
 
 def limit(axes: Any, values: list[float]) -> None:
@@ -234,6 +236,7 @@ def _finish(axes: Any, panel: Panel) -> None:
     axes.set_axisbelow(True)
     frame(axes, ("left", "bottom"))
     panel.draw(axes)
+    axes.xaxis.label.set(color=_GREY, fontsize=9)
     labels = [label for label in axes.get_legend_handles_labels()[1] if label]
     if len(labels) > 1:
         axes.legend(

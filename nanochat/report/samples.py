@@ -15,7 +15,7 @@ from typing import Any
 
 from nanochat.checkpoint import STAGE_FOLDERS
 from nanochat.report.runs import Row, Run, read_rows
-from nanochat.report.tables import literal, table
+from nanochat.report.tables import literal, show, table
 
 MAX_TASKS = 6  # a question of each of the first so many tasks
 PROMPT = 300  # characters of a question; longer ones are passed over
@@ -34,22 +34,24 @@ def conversations(folder: Path, runs: list[Run], results: list[Row]) -> list[str
     body: list[str] = []
     for prompt, answers in _by_prompt(runs).items():
         body += [f"**{literal(prompt)}**", "", *table(["", ""], answers)]
-    for task, question, replies in _by_task(folder.parent, results):
+    tasks = list(_by_task(folder.parent, results))
+    if tasks:
+        body += [
+            "Of each task the first short question that the stages do not agree about; these are "
+            "examples, the measure is above:",
+            "",
+        ]
+    for task, question, replies in tasks:
         expected = question.get("expected", question.get("gold"))
         right = f", where {_expected(expected)} is right" if expected else ""
-        body += [f"**{literal(str(question['prompt']))}** ({task}{right})", ""]
+        body += [f"**{literal(str(question['prompt']))}** ({show(task)}{right})", ""]
         body += table(["", "", ""], replies)
     if not body:
         return []
-    return [
-        "## Before and after",
-        "",
-        "What the model of each stage says to the same words; `[…]` is a call of its Python tool. "
-        "Of each task the first short question whose answers the stages do not agree about: "
-        "examples, no measure.",
-        "",
-        *body,
-    ]
+    about = (
+        "What the model of each stage says to the same words; `[…]` is a call of its Python tool."
+    )
+    return ["## Before and after", "", about, "", *body]
 
 
 # --------------------------------------------------------------------------------------------------

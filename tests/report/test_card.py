@@ -82,7 +82,7 @@ def test_a_whole_run(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "| machine | 2 x G, Some CPU, 2 core(s) |" in lines
+    assert "| machine | 2 x G, Some CPU, 2 cores |" in lines
     assert "| torch | 9 |" in lines
     assert "| training time | 1m 31s |" in lines
     assert "- **1.2500** bits per byte, validation" in lines
@@ -146,7 +146,7 @@ def test_what_it_cost(folder: Path) -> None:
     )  # fmt: skip
     write_report(folder, folder / "report.md", gpu_hour_price=2.5)
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert "2 GPU-hours, $5.00 at $2.5 each" in text
+    assert "2 GPU-hours, $5.00 at $2.50 each" in text
     assert "30m 0s, 1h 0m with evaluations and saving in between" in text
     write_report(folder, folder / "report.md")
     assert "--gpu_hour_price" in (folder / "report.md").read_text(encoding="utf-8")
@@ -170,7 +170,8 @@ def test_the_commands_that_were_typed(folder: Path) -> None:
     append(
         log_of(folder, "base"),
         {"event": "start", "step": 0, "typed": ["--depth=4", "--sample_prompts=A|B c"],
-         "world_size": 8, "nodes": 2, "versions": {"git": "abc123-dirty"}, "code": {"changes": "code-1.diff"}},
+         "world_size": 8, "nodes": 2, "versions": {"git": "abc123-dirty"},
+         "code": {"changes": "code-1.diff"}},
     )  # fmt: skip
     append(folder / "base_eval.jsonl", {"source": "base", "model_tag": "d4", "step": 0})
     append(folder / "chat_eval.jsonl", task("base", 0.5))
