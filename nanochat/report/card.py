@@ -119,9 +119,8 @@ def glance(runs: list[Run], gpu_hour_price: float | None) -> Row:
         ]
         tokens = int(sum(run.last("steps", "tokens") or 0 for run in runs))
         steps = sum(run.num_steps for run in runs)
-        said["trained on"] = f"{tokens:,} tokens in {steps:,} steps" + (
-            f", {sum(flops):.3g} FLOPs" if all(flops) else ""
-        )
+        said["trained on"] = (f"{tokens:,} tokens in " if tokens else "") + f"{steps:,} steps"
+        said["trained on"] += f", {sum(flops):.3g} FLOPs" if all(flops) else ""
         said["training time"] = duration(sum(run.seconds or 0.0 for run in runs)) + (
             f", {duration(wall)} with evaluations and saving in between"
             if (wall := sum(run.wall for run in runs)) else ""

@@ -93,7 +93,8 @@ def test_nothing_that_is_written_runs(own_base_dir: Path, prompts: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [*(start + EVIL for start in ("", "| a |\n|---|\n| ", "# ", "## ", "    ", "- ", "> ")),
-     f"<details><summary>{EVIL}</summary>", "[x](javascript:alert(1))", "<div\nonclick=x>"],
+     *(f"<details><summary>{end}" for end in (f"{EVIL}</summary>", f"x</summary>\n{EVIL}")),
+     "[x](javascript:alert(1))", "<div\nonclick=x>"],
 )  # fmt: skip
 def test_markup_in_markdown_is_text_on_the_page(text: str, tmp_path: Path) -> None:
     """Even where the sections forgot to quote it."""
