@@ -52,7 +52,7 @@ FLOORS = {
     "meter": 3,
     **dict.fromkeys(["hf_export", "hf_import", "recipe", "start", "step"], 3.5),
     **dict.fromkeys(["budget", "gguf", "record"], 3.75),
-    **dict.fromkeys(["evals", "policy", "preview", "report", "serve", "train"], 4),
+    **dict.fromkeys(["evals", "policy", "preview", "report", "serve", "terminal", "train"], 4),
     **dict.fromkeys(["dpo", "finetune", "rollout"], 4.5),
 }
 MAX_LINES = 450
@@ -63,6 +63,7 @@ HEAVY = [
     "fastapi",
     "huggingface_hub",
     "matplotlib",
+    "prompt_toolkit",
     "ray",
     "transformers",
     "uvicorn",
