@@ -226,6 +226,7 @@ PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "plan"): plan,
     ("README.md", "performance"): performance,
     ("rustbpe/README.md", "BPE"): bpe,
+    ("bench/LEARNING.md", "trials"): trials,
     ("docs/03-data.md", "prepare"): prepare,
 }
 
