@@ -12,12 +12,14 @@ A script writes
         flags.run(main, Args)
 
 The text under a field is its help. Dashes and underscores are the same, `--flag value` and
-`--flag=value` too, and a lone `--` (torchrun's separator) is skipped. Floor 0.
+`--flag=value` too, and a lone `--` (torchrun's separator) is skipped. Every command takes --debug,
+which shows the traceback of an error. Floor 0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import sys
@@ -27,10 +29,12 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from nanochat import rank_log
+from nanochat import errors, rank_log
 from nanochat.common import UserError, print0
 
 T = TypeVar("T")
+
+DEBUG = "--debug"  # shows tracebacks; every command has it
 
 Source = Literal["base", "mid", "sft", "rl", "dpo"]
 
@@ -48,17 +52,40 @@ def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
     """Parses `argv` (default: the process's own).
 
     Unknown flags end the process with a suggestion; a class with an attribute `passed_on` (no
-    field) gets them there instead, for the program that it starts."""
+    field) gets them there instead, for the program that it starts. --debug is every command's and
+    no field: run() looks for it."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
         words.remove("--")
+    words = [word for word in words if word != DEBUG]
+    prog, said = _command(args_class), _help(args_class)
     if hasattr(args_class, "passed_on"):
-        args, rest = tyro.cli(args_class, args=words, return_unknown_args=True)
+        args, rest = tyro.cli(
+            args_class, prog=prog, description=said, args=words, return_unknown_args=True
+        )
         vars(args)["passed_on"] = rest
     else:
-        args = tyro.cli(args_class, args=words)
+        args = tyro.cli(args_class, prog=prog, description=said, args=words)
     vars(args)["typed"] = words  # no field: asdict() and comparisons do not see it
     return args
+
+
+def _command(args_class: type) -> str:
+    """What one types to run the program whose flags these are: "python -m scripts.base_train"."""
+    module = args_class.__module__
+    if module == "__main__":
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if spec is None:
+            return f"python {sys.argv[0]}"
+        module = spec.name
+    return f"python -m {module.removesuffix('.__main__')}"
+
+
+def _help(args_class: type) -> str:
+    said = inspect.cleandoc(args_class.__doc__ or "")
+    if said.startswith(f"{args_class.__name__}("):  # what @dataclass writes where there is none
+        said = ""
+    return f"{said}\n\n{DEBUG} shows where an error comes from (its traceback).".strip()
 
 
 def typed(args: Any) -> list[str] | None:
@@ -67,26 +94,26 @@ def typed(args: Any) -> list[str] | None:
 
 
 def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and calls main(args). A UserError ends as one readable message.
-
-    Of several ranks the one that fails first is heard, also if it fails alone (a file missing on
-    one node): see rank_log.py."""
-    args = _parse_as_a_rank(args_class, argv) if rank_log.start() else parse(args_class, argv)
+    """Parses the command line and calls main(args). Whatever it raises ends as one readable
+    message and a status that is not 0: see errors.py, and rank_log.py for several ranks, of which
+    the one that fails first is heard, also if it fails alone (a file missing on one node)."""
+    debug = DEBUG in (sys.argv[1:] if argv is None else argv)
     try:
+        ranks = rank_log.start(debug)
+        args = _parse_as_a_rank(args_class, argv) if ranks else parse(args_class, argv)
         main(args)
-    except UserError as e:
-        if not rank_log.report(e):
-            rank = os.environ.get("RANK", "0")
-            who = "error" if rank == "0" else f"error (rank {rank})"
-            print(f"{who}: {e}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except Exception as e:
-        if not rank_log.report(e):
-            raise
-        sys.exit(1)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a closed pipe shows here, not while Python ends
     except KeyboardInterrupt:
         print0("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as e:
+        closed = errors.drop_closed_output()
+        error = UserError("what read the output has ended (as `| head` does)") if closed else e
+        if not rank_log.report(error):
+            rank = int(os.environ.get("RANK", "0"))
+            print(errors.words(error, debug, rank or None), file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _parse_as_a_rank(args_class: type[T], argv: Sequence[str] | None) -> T:
