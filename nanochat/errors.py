@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import shutil
 import sys
 import tempfile
@@ -83,7 +84,7 @@ TORCH = [
         "See whether `nvidia-smi` and CUDA_VISIBLE_DEVICES show one, or use --device_type=cpu",
     ),
     (
-        r"devices? (is|are|\(s\) is/are) busy or unavailable",
+        r"devices?(\(s\))? (is|are|is/are) busy or unavailable",
         "the GPU is held by another program",
         "`nvidia-smi` names it; CUDA_VISIBLE_DEVICES chooses another GPU",
     ),
@@ -155,9 +156,9 @@ def _system_error(error: OSError) -> UserError | None:
         path = Path(error.filename).absolute()
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):  # a write names no file
         return UserError(
-            f"a disk is full: {error.strerror}. It is not known which; NANOCHAT_BASE_DIR={base} has "
-            f"{_free(base):.1f} GB free, `df -h` shows all. Make room, or set NANOCHAT_BASE_DIR to a "
-            f"folder on another disk. {SEE_DEBUG}"
+            f"a disk is full: {error.strerror}. NANOCHAT_BASE_DIR={base} has {_free(base):.1f} GB "
+            "free, `df -h` shows all disks. Make room, or set NANOCHAT_BASE_DIR to a folder on "
+            f"another one. {SEE_DEBUG}"
         )
     else:
         return None  # of a socket or a process
@@ -218,16 +219,16 @@ def words(
 def drop_closed_output() -> bool:
     """Whether nobody reads standard output any more; if so, what is left of it goes nowhere, or
     Python would complain of it while it ends."""
-    if sys.stdout is None:
-        return False
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    except (OSError, ValueError):  # a full disk, which is told; a stream that is closed
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)
+        if not poll.poll(0):  # errors are always told: the other end is closed
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    except (OSError, ValueError, AttributeError):  # no file; Windows has no poll
         return False
-    return False
+    return True
 
 
 def bug(error: BaseException, debug: bool, where: str) -> str:
@@ -267,6 +268,8 @@ def _first_line(text: str) -> str:
 
 
 def _version(package: str) -> str:
+    if package in sys.modules and hasattr(sys.modules[package], "__version__"):
+        return str(sys.modules[package].__version__)  # torch's has "+cu126"
     try:
         return version(package)
     except PackageNotFoundError:

@@ -98,17 +98,19 @@ def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | Non
     message and a status that is not 0: see errors.py, and rank_log.py for several ranks, of which
     the one that fails first is heard, also if it fails alone (a file missing on one node)."""
     debug = DEBUG in (sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us: what is said goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         ranks = rank_log.start(debug)
         args = _parse_as_a_rank(args_class, argv) if ranks else parse(args_class, argv)
         main(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a full disk or a closed pipe shows here, not while Python ends
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not while Python ends
     except KeyboardInterrupt:
         print0("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
-        closed = errors.drop_closed_output()
+        closed = isinstance(e, BrokenPipeError) and errors.drop_closed_output()
         error = UserError("what read the output has ended (as `| head` does)") if closed else e
         if not rank_log.report(error):
             rank = int(os.environ.get("RANK", "0"))
@@ -209,6 +211,13 @@ class TrainFlags(PrecisionFlags):
     tokenizer and starting weights are as they were then (see scripts.rerun)."""
     dry_run: bool = False
     """Get everything ready, compare it with --repeats, and stop before the first step."""
+
+    def __post_init__(self) -> None:
+        # Where -1 means "by another flag", 0 would mean that too, and train for days
+        for name in ("num_iterations", "total_batch_size"):
+            value = getattr(self, name, -1)
+            if value == 0 or (isinstance(value, int) and value < -1):
+                raise UserError(f"--{name}={value}: use a positive number, or -1 for its default")
 
 
 @dataclass

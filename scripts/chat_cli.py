@@ -157,6 +157,8 @@ class Chat:
 
 def main(args: Args) -> None:
     """Loads the model, then answers --prompt or talks."""
+    if sys.stdin is None and not args.prompt:
+        raise UserError("standard input is closed, so nothing can be typed: use --prompt='...'")
     with distributed.session(args.device_type, args.seed) as info:
         model, tokenizer, _ = load_model(
             args.source, info.device, model_tag=args.model_tag, step=args.step
