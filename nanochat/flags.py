@@ -24,7 +24,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -88,6 +88,12 @@ def _help(args_class: type) -> str:
     return f"{said}\n\n{DEBUG} shows where an error comes from (its traceback).".strip()
 
 
+def check_tag(tag: str | None) -> None:
+    """UserError if a folder of that name could not be found among the checkpoints of its stage."""
+    if tag is not None and (not tag or tag.startswith(".") or "/" in tag or "\\" in tag):
+        raise UserError(f"--model_tag={tag} must be the name of a folder, as my-model: no path")
+
+
 def typed(args: Any) -> list[str] | None:
     """The words of the command line that `args` were parsed from; None if they were not."""
     return vars(args).get("typed")
@@ -145,6 +151,10 @@ class PrecisionFlags(DeviceFlags):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Format of matrix products. auto: bfloat16 on GPUs that have it, float16 on older ones, else
     float32. Weights, optimizer and loss are float32 always."""
+
+
+COUNTS = ("num_iterations", "total_batch_size", "device_batch_size", "max_seq_len")
+SHARES = ("warmdown_ratio", "final_lr_frac")
 
 
 @dataclass
@@ -213,11 +223,18 @@ class TrainFlags(PrecisionFlags):
     """Get everything ready, compare it with --repeats, and stop before the first step."""
 
     def __post_init__(self) -> None:
-        # Where -1 means "by another flag", 0 would mean that too, and train for days
-        for name in ("num_iterations", "total_batch_size"):
-            value = getattr(self, name, -1)
-            if value == 0 or (isinstance(value, int) and value < -1):
-                raise UserError(f"--{name}={value}: use a positive number, or -1 for its default")
+        """UserError for what no run can have. The default may be -1 (what it means, its help says);
+        0 is nowhere "none" here, and would train for days where it was taken for -1."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            counts = field.name in COUNTS and isinstance(value, int)
+            if counts and value < 1 and value != field.default:
+                raise UserError(
+                    f"--{field.name}={value} must be at least 1; the default is {field.default}"
+                )
+            if field.name in SHARES and not 0 <= value <= 1:
+                raise UserError(f"--{field.name}={value:g} must be a share, from 0 to 1")
+        check_tag(self.model_tag)
 
 
 @dataclass

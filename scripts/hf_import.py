@@ -45,6 +45,7 @@ class Args:
 def main(args: Args) -> None:
     if args.max_seq_len < 1:
         raise UserError(f"--max_seq_len={args.max_seq_len} must be at least 1")
+    flags.check_tag(args.model_tag)
     import_model(args.from_, args.model_tag, args.stage, args.tokenizer, args.max_seq_len)
 
 

@@ -99,7 +99,11 @@ MISTAKES = {
     ),
     "no such architecture": (plan, ["--arch=llama"], "--arch=llama is not known; choose one of"),
     "no depth": (base_train, ["--depth=0"], "--depth=0 must be at least 1"),
-    "no steps": (base_train, [*TRAIN, "--num_iterations=0"], "--num_iterations=0: .*-1"),
+    "no steps": (base_train, ["--num_iterations=0"], "--num_iterations=0 must be .*default is -1"),
+    "no rows": (chat_sft, ["--device_batch_size=0"], "--device_batch_size=0 must .*is auto"),
+    "fewer than no tokens": (base_train, ["--max_seq_len=-1"], "--max_seq_len=-1 must be at least"),
+    "a tag that is a path": (base_train, ["--model_tag=../x"], "--model_tag=../x must be the name"),
+    "more than the whole": (base_train, ["--warmdown_ratio=2"], "--warmdown_ratio=2 must be a"),
     "a batch of parts of rows": (
         base_train, [*TRAIN, "--total_batch_size=100"], "not a multiple .*Use --total_batch_size",
     ),
