@@ -1,5 +1,6 @@
 """nanochat: train a ChatGPT of your own, from raw text to a web page to talk to."""
 
+import importlib
 import sys
 
 OLDEST = (3, 10)  # of the Pythons that run this; the lines here are for older ones too
@@ -18,9 +19,7 @@ def _before_main(kind, error, trace):
     elif issubclass(kind, KeyboardInterrupt):
         said = "interrupted"
     elif issubclass(kind, ImportError):
-        from nanochat import errors
-
-        known = errors.explain(error)
+        known = importlib.import_module("nanochat.errors").explain(error)  # stands on us
         said = None if known is None else "error: " + str(known)
     if said is None:
         return sys.__excepthook__(kind, error, trace)
