@@ -52,7 +52,8 @@ def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
     """Parses `argv` (default: the process's own).
 
     Unknown flags end the process with a suggestion; a class with an attribute `passed_on` (no
-    field) gets them there instead, for the program that it starts. --debug is every command's and
+    field) gets them there instead, for the program that it starts. A number that cannot be is a
+    UserError. --debug is every command's and
     no field: run() looks for it."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
@@ -66,6 +67,7 @@ def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
         vars(args)["passed_on"] = rest
     else:
         args = tyro.cli(args_class, prog=prog, description=said, args=words)
+    _check_values(args)
     vars(args)["typed"] = words  # no field: asdict() and comparisons do not see it
     return args
 
@@ -88,10 +90,29 @@ def _help(args_class: type) -> str:
     return f"{said}\n\n{DEBUG} shows where an error comes from (its traceback).".strip()
 
 
-def check_tag(tag: str | None) -> None:
-    """UserError if a folder of that name could not be found among the checkpoints of its stage."""
-    if tag is not None and (not tag or tag.startswith(".") or "/" in tag or "\\" in tag):
-        raise UserError(f"--model_tag={tag} must be the name of a folder, as my-model: no path")
+SHARES = ("warmdown_ratio", "final_lr_frac")
+# What a flag of these names may be, in whichever command; its default too, which may be -1
+LEAST = {
+    **dict.fromkeys(["num_iterations", "total_batch_size", "device_batch_size", "max_seq_len"], 1),
+    **dict.fromkeys(["max_new_tokens", "num_samples", "batch_size"], 1),
+    **dict.fromkeys(["temperature", "top_k", *SHARES], 0),
+}
+
+
+def _check_values(args: Any) -> None:
+    """UserError for numbers that no command could do anything with, and tags that are paths: those
+    would not be found again among the checkpoints."""
+    for field in fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if name == "model_tag" and value and (value[0] == "." or set(value) & set("/\\")):
+            raise UserError(
+                f"--{name}={value} must be the name of a folder, like my-model: no path"
+            )
+        if not isinstance(value, int | float) or value == field.default:
+            continue
+        if value < LEAST.get(name, value) or (name in SHARES and value > 1):
+            least = "a share, from 0 to 1" if name in SHARES else f"at least {LEAST[name]}"
+            raise UserError(f"--{name}={value:g} must be {least}; the default is {field.default}")
 
 
 def typed(args: Any) -> list[str] | None:
@@ -151,10 +172,6 @@ class PrecisionFlags(DeviceFlags):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Format of matrix products. auto: bfloat16 on GPUs that have it, float16 on older ones, else
     float32. Weights, optimizer and loss are float32 always."""
-
-
-COUNTS = ("num_iterations", "total_batch_size", "device_batch_size", "max_seq_len")
-SHARES = ("warmdown_ratio", "final_lr_frac")
 
 
 @dataclass
@@ -221,20 +238,6 @@ class TrainFlags(PrecisionFlags):
     tokenizer and starting weights are as they were then (see scripts.rerun)."""
     dry_run: bool = False
     """Get everything ready, compare it with --repeats, and stop before the first step."""
-
-    def __post_init__(self) -> None:
-        """UserError for what no run can have. The default may be -1 (what it means, its help says);
-        0 is nowhere "none" here, and would train for days where it was taken for -1."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            counts = field.name in COUNTS and isinstance(value, int)
-            if counts and value < 1 and value != field.default:
-                raise UserError(
-                    f"--{field.name}={value} must be at least 1; the default is {field.default}"
-                )
-            if field.name in SHARES and not 0 <= value <= 1:
-                raise UserError(f"--{field.name}={value:g} must be a share, from 0 to 1")
-        check_tag(self.model_tag)
 
 
 @dataclass

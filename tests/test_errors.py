@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import errors, flags
+from nanochat import checkpoint, dataset, errors, flags
 from nanochat.common import UserError, atomic_write
 from nanochat.distributed import pick_device_type
 from nanochat.serve.run import listen
@@ -103,6 +103,9 @@ MISTAKES = {
     "no rows": (chat_sft, ["--device_batch_size=0"], "--device_batch_size=0 must .*is auto"),
     "fewer than no tokens": (base_train, ["--max_seq_len=-1"], "--max_seq_len=-1 must be at least"),
     "a tag that is a path": (base_train, ["--model_tag=../x"], "--model_tag=../x must be the name"),
+    "a negative temperature": (
+        chat_cli, ["--source=base", "-t", "-1"], "--temperature=-1 must be at least 0; .* is 0.6",
+    ),
     "more than the whole": (base_train, ["--warmdown_ratio=2"], "--warmdown_ratio=2 must be a"),
     "a batch of parts of rows": (
         base_train, [*TRAIN, "--total_batch_size=100"], "not a multiple .*Use --total_batch_size",
@@ -178,6 +181,47 @@ def test_a_port_in_use_names_the_next(capsys: pytest.CaptureFixture[str]) -> Non
         port = taken.getsockname()[1]
         status, err = said_by(capsys, lambda _: listen("127.0.0.1", port), Args)
     assert_one_message(status, err, f"--port={port} is taken .*--port={port + 1}")
+
+
+def test_a_closed_input_is_no_conversation(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    status, err = said_by(capsys, chat_cli.main, chat_cli.Args, "--source=base")
+    assert_one_message(status, err, "input is closed.*--prompt")
+
+
+def test_a_tag_that_another_run_is_writing_is_refused(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    path = base / "base_checkpoints" / ".running" / "both"
+    path.parent.mkdir(exist_ok=True)
+    program = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX);"
+        "file.write('process 7 on a host'); file.flush(); print('locked', flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == b"locked\n"
+        for resume in ([], ["--resume"]):
+            argv = [*TRAIN, "--model_tag=both", *resume]
+            status, err = said_by(capsys, base_train.main, base_train.Args, *argv)
+            words = r"another run \(process 7 on a host\) is writing the base .*--model_tag"
+            assert_one_message(status, err, words)
+        other.communicate(b"\n")
+    checkpoint.claim("base", "both")  # the other has ended
+    checkpoint.claim("base", "both")  # ours already
+
+
+def test_the_primers_shards_are_not_taken_for_a_downloads(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pins = (base / "validation_files.json").read_bytes()
+    status, err = said_by(capsys, dataset.main, dataset.Args, "-n", "1")
+    assert_one_message(status, err, "holds shards of the primer; .*NANOCHAT_BASE_DIR")
+    assert (base / "validation_files.json").read_bytes() == pins
 
 
 # ---- what others raise

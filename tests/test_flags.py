@@ -43,8 +43,8 @@ def test_every_spelling_of_a_flag(argv: list[str]) -> None:
 
 
 def test_negative_numbers_none_and_switches() -> None:
-    args = flags.parse(Args, ["-b", "-1", "--save_every=-1", "--top_k", "None", "--resume"])
-    assert (args.batch_size, args.save_every, args.top_k, args.resume) == (-1, -1, None, True)
+    args = flags.parse(Args, ["--seed", "-1", "--save_every=-1", "--top_k", "None", "--resume"])
+    assert (args.seed, args.save_every, args.top_k, args.resume) == (-1, -1, None, True)
     assert not flags.parse(Args, ["--no-resume"]).resume
     assert flags.parse(Args, ["--data=-"]).data == "-"
 
