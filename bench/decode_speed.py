@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from bench.bpe_common import RESULTS, surroundings
+from bench import surroundings
+from bench.bpe_common import RESULTS
 from nanochat import flags
 from nanochat.common import UserError, print0, write_json
 from nanochat.engine import Engine

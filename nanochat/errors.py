@@ -234,8 +234,8 @@ def drop_closed_output() -> bool:
 def bug(error: BaseException, debug: bool, where: str) -> str:
     """The sentence for an error that nobody foresaw. `where`: the file that has its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    last = f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    said = f"unexpected {type(error).__name__}{last}: {_first_line(str(error)) or 'no message'}"
+    last = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    said = f"unexpected {type(error).__name__}: {_first_line(str(error)) or 'no message'}{last}"
     said += ". This is a bug in nanochat or in what is installed"
     if debug:
         return said

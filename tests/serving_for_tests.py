@@ -97,9 +97,7 @@ def serving(
         engines, tokenizer, "tiny", Limits(**{"context": 128, **limits}), access, make_scheduler
     )
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-    if (
-        send_buffer is not None
-    ):  # bytes that the kernel takes of what is sent; connections inherit it
+    if send_buffer is not None:  # bytes that the kernel takes ahead; connections inherit it
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = make_server(app, grace, patience)
     thread = threading.Thread(target=server.run, args=([listener],))

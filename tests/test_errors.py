@@ -188,7 +188,7 @@ def test_a_closed_input_is_no_conversation(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     status, err = said_by(capsys, chat_cli.main, chat_cli.Args, "--source=base")
-    assert_one_message(status, err, "input is closed.*--prompt")
+    assert_one_message(status, err, "nothing to answer: the standard input is empty; ask with -p")
 
 
 def test_a_tag_that_another_run_is_writing_is_refused(
@@ -325,7 +325,7 @@ def test_nothing_of_a_bug_is_lost(own_base_dir: Path, capsys: pytest.CaptureFixt
 
     status, err = said_by(capsys, main, Args)
     assert_one_message(
-        status, err, r"^error: unexpected ZeroDivisionError in test_errors\.py:\d+: .*--debug"
+        status, err, r"^error: unexpected ZeroDivisionError: .* \(test_errors\.py:\d+\).*--debug"
     )
     (path,) = (own_base_dir / "rank_logs").iterdir()
     assert str(path) in err

@@ -101,7 +101,7 @@ def test_rank_0_speaks_and_every_rank_has_a_file(base: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("how", "first", "then"),
     [
-        ("raise", "error (rank 1): unexpected ValueError in program.py:", "out of luck. This is"),
+        ("raise", "error (rank 1): unexpected ValueError: out of luck (program.py:", "This is"),
         ("refuse", "error (rank 2): pairs.jsonl is missing here; give --data", ""),
         ("all", r"error \(rank [012]\): --depth=0 is too small", ""),
         ("kill", r"error.*?: rank 1 (ended without a word|\(host )", "SIGKILL"),

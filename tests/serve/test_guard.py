@@ -14,7 +14,7 @@ import pytest
 
 from nanochat.serve.guard import LOOPBACK_NAMES, Access
 from tests.engines_for_tests import ScriptedEngine, ScriptedScheduler, script_of
-from tests.serving_for_tests import HELLO, Served, serving, wait_until
+from tests.serving_for_tests import HELLO, PATIENCE, Served, serving, wait_until
 from tests.tokenizers_for_tests import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -32,7 +32,7 @@ guarded = partial(serving, tokenizer=TOKENIZER, make_scheduler=ScriptedScheduler
 @pytest.fixture(scope="module")
 def open_to_all() -> Iterator[Served]:
     access = Access(hosts=LOOPBACK_NAMES)
-    with guarded([engine()], access=access, read_timeout=1, patience=1, max_body=100_000) as served:
+    with guarded([engine()], access=access, read_timeout=2, patience=2, max_body=100_000) as served:
         yield served
 
 
@@ -178,6 +178,19 @@ def test_a_head_that_never_comes_is_not_waited_for(open_to_all: Served, sent: by
         assert closed_by_server(connection).startswith(b"HTTP/1.1 200")
 
 
+def test_only_so_many_bodies_are_on_their_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanochat.serve.guard.MAX_ARRIVING", 2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+    with guarded([engine()], read_timeout=PATIENCE) as served:
+        connections = [served.connect() for _ in range(2)]
+        for connection in connections:
+            connection.sendall(head)
+        wait_until(lambda: status(served) == 429)
+        for connection in connections:
+            connection.close()
+        wait_until(lambda: status(served) == 200)
+
+
 def test_slow_loris(open_to_all: Served) -> None:
     """Many connections that drip a head, a byte at a time: others are served, these are closed."""
     connections = [open_to_all.connect() for _ in range(100)]
@@ -208,7 +221,8 @@ def test_who_does_not_read_is_not_waited_for() -> None:
             open_ones = list(served.server.server_state.connections)
             return next((one for one in open_ones if one.client == ours), None)
 
-        wait_until(lambda: mine().flow.write_paused)
+        wait_until(lambda: mine() is not None)
+        wait_until(lambda: mine() is None or mine().flow.write_paused)
         wait_until(lambda: served.health()["running"] == 0)  # the rows are free again
         wait_until(lambda: mine() is None)  # and the connection
         connection.close()
