@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from nanochat import rank_log, schedule
 from nanochat.checkpoint import (
     LOG,
+    claim,
     load_weights,
     optim_reader,
     prune,
@@ -133,6 +134,8 @@ class Trainer:
             if self.args.dry_run:
                 print0(f"--dry_run: {self.stage} {self.tag} could begin; nothing was trained")
                 return
+            if self.info.rank == 0:
+                claim(self.stage, self.tag)
             self._resume()
             self._start_log()
             self.collector.start()
