@@ -2,13 +2,13 @@
 How fast replies are written, beside transformers' generate with the same exported model.
 
     python -m bench.decode_speed
-    python -m bench.decode_speed --depth=8 --batches 1 --batches 4
-    python -m bench.decode_speed --device_type=cuda --size=qwen2.5-0.5b --new_tokens=512
+    python -m bench.decode_speed --depths 8 --batches 1 --batches 4
+    python -m bench.decode_speed --device_type=cuda --size=qwen2.5-0.5b --steps graph
 
 A random model of each architecture is exported and loaded by transformers (NanoChatForCausalLM,
 Qwen2ForCausalLM); both write the same number of tokens, always the likeliest, from the same
 prompts, and the share of equal tokens is told. Ours is a scheduler (nanochat/scheduler.py) over the
-model made ready to serve (nanochat/serving.py), --step as the engine takes it. In float32 on a CPU,
+model made ready to serve (nanochat/serving.py), once for each of --steps. In float32 on a CPU,
 in bfloat16 on a GPU. The rounds alternate, the medians count. What int8 weights cost is told in
 bits per byte, beside the same rows in float32: of a model that has learned this repository's texts
 for a minute. The result goes to bench/results/decode_speed.json.
@@ -17,6 +17,7 @@ for a minute. The result goes to bench/results/decode_speed.json.
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import statistics
@@ -50,10 +51,10 @@ class Args:
 
     device_type: str = "cpu"
     """cpu or cuda."""
-    depth: int = 4
-    """Size of the models."""
+    depths: list[int] = field(default_factory=lambda: [4, 8])
+    """Sizes of the models."""
     size: str = ""
-    """A named size (qwen2.5-0.5b) in place of both architectures at --depth."""
+    """A named size (qwen2.5-0.5b) in place of both architectures at --depths."""
     vocab_size: int = 8192
     """Tokens of the tokenizer, which is trained on this repository's texts."""
     prompt_tokens: int = 48
@@ -62,12 +63,12 @@ class Args:
     """Length of the replies."""
     batches: list[int] = field(default_factory=lambda: [1, 16])
     """Rows that are written at once."""
-    rounds: int = 7
+    rounds: int = 5
     """Alternating rounds; the first is not counted."""
     threads: int = 0
-    """Threads of a CPU; 0: as PyTorch chooses."""
-    step: str = "compiled"
-    """How ours decodes a token: plain, compiled, or on CUDA graph."""
+    """Threads of a CPU, theirs and ours; 0: one for each core."""
+    steps: list[str] = field(default_factory=lambda: ["plain", "compiled"])
+    """How ours decodes a token: plain, compiled, or on CUDA graph; a line for each."""
     quality_steps: int = 150
     """Training steps of the model that int8 is judged by; 0: int8 is not judged."""
     peer: bool = True
@@ -82,10 +83,10 @@ def tokenizer_of(vocab_size: int) -> Tokenizer:
     return Tokenizer.train((p.read_text(encoding="utf-8") for p in paths), vocab_size)
 
 
-def random_model(arch: str, args: Args, vocab_size: int, device: torch.device) -> Any:
+def random_model(arch: str, depth: int, args: Args, vocab_size: int, device: torch.device) -> Any:
     """A model in which every parameter matters: none is zero or one."""
     length = max(1024, args.prompt_tokens + args.new_tokens)
-    config, _ = make_config(args.size or arch, args.depth, vocab_size, length)
+    config, _ = make_config(arch, depth, vocab_size, length)
     model = build_model(config, device, seed=1).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -120,68 +121,79 @@ def seconds(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]
     return time.perf_counter() - started, ids
 
 
-def compare(arch: str, args: Args, tokenizer: Tokenizer, folder: Path) -> list[dict[str, Any]]:
-    """A line for each batch size of one architecture."""
+def ours_of(engine: Engine, batch: int, new_tokens: int) -> Callable[[Any], list[list[int]]]:
+    """A scheduler for that many rows: prompts -> new ids."""
+    scheduler = Scheduler(engine, max_batch=batch)
+    sampling = Sampling(max_tokens=new_tokens, temperature=0.0)
+
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
+        requests = [scheduler.add(prompt, sampling)[0] for prompt in prompts]
+        while scheduler.running or scheduler.waiting:
+            scheduler.step()
+        return [request.tokens for request in requests]
+
+    return generate
+
+
+def compare(
+    arch: str, depth: int, args: Args, tokenizer: Tokenizer, folder: Path
+) -> list[dict[str, Any]]:
+    """A line for each batch size and step of one model."""
     device = torch.device(args.device_type)
-    model = random_model(arch, args, tokenizer.get_vocab_size(), device)
+    model = random_model(arch, depth, args, tokenizer.get_vocab_size(), device)
     peer = None
     if args.peer:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-        export_model(folder / arch, model, tokenizer, chat=True, card="", dtype=dtype)
-        peer = peer_of(folder / arch, device)
+        export_model(folder, model, tokenizer, chat=True, card="", dtype=dtype)
+        peer = peer_of(folder, device)
     ready = make_ready(model, torch.bfloat16 if device.type == "cuda" else None)
-    engine = Engine(ready, tokenizer, tools="none", step=args.step)
-    engine.stops = set()
-    sampling = Sampling(max_tokens=args.new_tokens, temperature=0.0)
+    engines = {}
+    for step in args.steps:
+        engines[step] = Engine(ready, tokenizer, tools="none", step=step)
+        engines[step].stops = set()
     generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in args.batches:
         prompts = torch.randint(
             0, 256, (batch, args.prompt_tokens), generator=generator
         ).tolist()  # bytes: any text begins like this
-
-        scheduler = Scheduler(engine, max_batch=batch)
-
-        def ours(
-            prompts: list[list[int]] = prompts, scheduler: Scheduler = scheduler
-        ) -> list[list[int]]:
-            requests = [scheduler.add(prompt, sampling)[0] for prompt in prompts]
-            while scheduler.running or scheduler.waiting:
-                scheduler.step()
-            return [request.tokens for request in requests]
-
-        mine, theirs, equal = [], [], 0.0
-        for _ in range(args.rounds):
-            taken, ids = seconds(ours)
-            mine.append(taken)
-            if peer is not None:
-                taken, other = seconds(lambda prompts=prompts: peer(prompts, args.new_tokens))
-                theirs.append(taken)
-                same = [a == b for x, y in zip(ids, other) for a, b in zip(x, y)]
-                equal = sum(same) / len(same)
-        row = {
-            "arch": arch,
-            "batch": batch,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "ours_tokens_per_second": _rate(batch, args, mine),
-        }
+        writers = {step: ours_of(e, batch, args.new_tokens) for step, e in engines.items()}
         if peer is not None:
-            row |= {
-                "transformers_tokens_per_second": _rate(batch, args, theirs),
-                "times": statistics.median(theirs[1:]) / statistics.median(mine[1:]),
-                "equal_tokens": equal,
+            writers["transformers"] = lambda prompts, peer=peer: peer(prompts, args.new_tokens)
+        taken: dict[str, list[float]] = {name: [] for name in writers}
+        ids: dict[str, list[list[int]]] = {}
+        for _ in range(args.rounds):
+            for name, write in writers.items():
+                once, ids[name] = seconds(lambda write=write, prompts=prompts: write(prompts))
+                taken[name].append(once)
+        for step in args.steps:
+            row = {
+                "arch": arch,
+                "depth": depth,
+                "batch": batch,
+                "step": step,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "ours_tokens_per_second": _rate(batch, args, taken[step]),
             }
-        print0(
-            " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-        )
-        rows.append(row)
+            if peer is not None:
+                theirs = taken["transformers"]
+                pairs = zip(ids[step], ids["transformers"])
+                same = [a == b for x, y in pairs for a, b in zip(x, y)]
+                row |= {
+                    "transformers_tokens_per_second": _rate(batch, args, theirs),
+                    "times": statistics.median(theirs[1:]) / statistics.median(taken[step][1:]),
+                    "equal_tokens": sum(same) / len(same),
+                }
+            said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print0(" ".join(said))
+            rows.append(row)
     return rows
 
 
 def int8_quality(arch: str, args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
     """Bits per byte of float32 and int8 weights on the same rows, which training did not see."""
     device, T = torch.device(args.device_type), 128
-    config, _ = make_config(arch, args.depth, tokenizer.get_vocab_size(), T)
+    config, _ = make_config(arch, args.depths[0], tokenizer.get_vocab_size(), T)
     model = build_model(config, device, seed=1)
     paths = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/**/*.py")])
     documents = tokenizer.encode([p.read_text(encoding="utf-8") for p in paths])
@@ -226,13 +238,16 @@ def main(args: Args) -> None:
     load = os.getloadavg()[0]
     if args.rounds < 2:
         raise UserError(f"--rounds={args.rounds} must be at least 2: the first is not counted")
-    if args.threads:
+    if args.threads > 0:
         torch.set_num_threads(args.threads)
+    elif args.device_type == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)
     tokenizer = tokenizer_of(args.vocab_size)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for arch in [args.size] if args.size else ["gpt", "qwen2.5"]:
-            rows += compare(arch, args, tokenizer, Path(folder))
+    models = [(args.size, 0)] if args.size else itertools.product(("gpt", "qwen2.5"), args.depths)
+    for arch, depth in models:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += compare(arch, depth, args, tokenizer, Path(folder) / "model")
     quality = [
         int8_quality(arch, args, tokenizer)
         for arch in (ARCHITECTURES if args.quality_steps else ())

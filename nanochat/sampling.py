@@ -160,6 +160,8 @@ def penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 def _choose(group: _Group, logits: Tensor, u: Tensor) -> Tensor:
     """The choice of one group: (r, V) logits, (r, 1) uniform numbers -> (r,) tokens."""
     if group.kind == "greedy":
+        if logits.device.type == "cpu":  # NumPy finds it ten times as fast; ties: the first, too
+            return torch.from_numpy(logits.float().numpy().argmax(-1))
         return logits.argmax(-1)
     logits, ids = logits.float(), None
     if group.temperature is not None:

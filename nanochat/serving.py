@@ -6,8 +6,8 @@ A model made ready to serve: the same numbers with less work between them.
 
 A copy of a plain model, in the dtype it computes in, cast once; the model itself is left as it is.
 Layers that read the same input become one product (queries, keys and values; gate and up). On a CPU
-weights are laid out in memory as the product with a few rows reads them fastest. Optionally the
-weights of the blocks are kept as 8-bit integers (quantize.py). A pass over modules, as in gpt-fast:
+small weights are laid out in memory as the product with a few rows reads them fastest. Optionally
+the weights of the blocks are kept as 8-bit integers (int8.py). A pass over modules, as in gpt-fast:
 no architecture is named here. Floor 2.
 """
 
@@ -17,10 +17,12 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanochat.common import UserError
 from nanochat.int8 import quantize_linears
+
+COLUMN_BYTES = 2 * 2**20  # about what the second cache of a core holds
 
 # Children of a module that read the same input.
 TOGETHER = (("c_q", "c_k", "c_v"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -48,11 +50,17 @@ def make_ready(model: Any, dtype: torch.dtype | None = None, quantize: str = "no
                 done.update(linears)
     for module in ready.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and module not in done:
-            # (out, in) as before, but stored by columns: a product with 16 rows takes two thirds of
-            # the time, with one row the same (MKL, float32)
-            weight = module.weight.t().contiguous().t()
-            module.weight = nn.Parameter(weight, requires_grad=False)
+            module.weight = nn.Parameter(_laid_out(module.weight), requires_grad=False)
     return ready
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """The same (out, in) matrix; on a CPU small ones are stored by columns. With MKL in float32 a
+    product with 16 rows then takes three quarters of the time, and one with a single row the same;
+    but of matrices that outgrow the core's cache, a third more with a single row."""
+    if weight.device.type != "cpu" or weight.nbytes > COLUMN_BYTES:
+        return weight
+    return weight.t().contiguous().t()
 
 
 def _join(linears: list[Any]) -> None:
@@ -61,9 +69,7 @@ def _join(linears: list[Any]) -> None:
     joined.in_features = linears[0].in_features
     joined.out_features = sum(linear.out_features for linear in linears)
     weight = torch.cat([linear.weight for linear in linears])
-    if weight.device.type == "cpu":
-        weight = weight.t().contiguous().t()
-    joined.weight = nn.Parameter(weight, requires_grad=False)
+    joined.weight = nn.Parameter(_laid_out(weight), requires_grad=False)
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears])
         joined.bias = nn.Parameter(bias, requires_grad=False)

@@ -10,7 +10,8 @@ behind a row's end keys are read, and hidden by the mask. Floor 1.5.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +20,23 @@ from nanochat.common import UserError, print0, warn0
 from nanochat.kv_cache import KVCache
 
 STEPS = ("plain", "compiled", "graph")
-Memory = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
+
+
+class Memory(NamedTuple):
+    """The memory of a KVCache's first B rows."""
+
+    layers: list[tuple[Tensor, Tensor]]  # (B, K, S or more, E) keys and values
+    ids: Tensor | None  # (B, 1 + S or more)
+    places: Tensor  # (S,): 0, 1, 2...: the positions that are looked at
+    alone: bool = False  # one row, and `places` ends where it ends
 
 
 class StaticCache:
     """Fixed memory for one more token of each row. What layers.KVCacheLike says, for T = 1."""
 
-    def __init__(
-        self, layers: Sequence[tuple[Tensor, Tensor]], ids: Tensor | None, at: Tensor
-    ) -> None:
-        """`layers`: (B, K, S, E) keys and values; `ids`: (B, 1 + S), see KVCache; `at`: (B,), where
-        the new tokens stand."""
-        self.layers, self.ids, self.at = layers, ids, at
+    def __init__(self, memory: Memory, at: Tensor) -> None:
+        """`at`: (B,), where the new tokens stand."""
+        (self.layers, self.ids, self.places, self.alone), self.at = memory, at
         self.rows = torch.arange(at.size(0), device=at.device)
         self._masks: dict[int | None, Tensor] = {}
 
@@ -38,14 +44,15 @@ class StaticCache:
         return self.at[:, None]  # (B, 1)
 
     def end(self, T: int) -> int:
-        return self.layers[0][0].size(2)
+        return self.places.size(0)
 
-    def mask(self, T: int, window: int | None = None) -> Tensor:
+    def mask(self, T: int, window: int | None = None) -> Tensor | None:
+        if self.alone and window is None:
+            return None  # all that is looked at is its own
         if window not in self._masks:
-            keys = torch.arange(self.end(T), device=self.at.device)  # (S,)
-            visible = keys <= self.at[:, None]  # (B, S)
+            visible = self.places <= self.at[:, None]  # (B, S)
             if window is not None:
-                visible = visible & (keys > self.at[:, None] - window)
+                visible = visible & (self.places > self.at[:, None] - window)
             self._masks[window] = visible[:, None, None]  # (B, 1, 1, S)
         return self._masks[window]
 
@@ -53,7 +60,7 @@ class StaticCache:
         keys, values = self.layers[layer]
         keys[self.rows, :, self.at] = k[:, :, 0]
         values[self.rows, :, self.at] = v[:, :, 0]
-        return keys, values
+        return keys[:, :, : self.end(1)], values[:, :, : self.end(1)]
 
     def previous(self, idx: Tensor) -> Tensor:
         assert self.ids is not None
@@ -64,18 +71,21 @@ class StaticCache:
         """Its owner counts."""
 
 
-def decode(
-    model: Any, idx: Tensor, at: Tensor, layers: list[tuple[Tensor, Tensor]], ids: Tensor | None
-) -> Tensor:
+def decode(model: Any, idx: Tensor, at: Tensor, memory: Memory) -> Tensor:
     """(B, 1) ids, (B,) positions, memory of B rows -> (B, V) float32 logits."""
-    x = model.hidden(idx, StaticCache(layers, ids, at))  # (B, 1, D)
+    x = model.hidden(idx, StaticCache(memory, at))  # (B, 1, D)
     return model.logits(x[:, -1])
 
 
-def memory(cache: KVCache, rows: int) -> Memory:
-    """The first rows of a cache's memory, for `decode`."""
-    layers = [(kv[0][:rows], kv[1][:rows]) for kv in cache.layers if kv is not None]
-    return layers, None if cache.ids is None else cache.ids[:rows]
+def _copied(function: Any) -> Any:
+    """The same function with code of its own, to which torch.compile attaches its programs: those
+    of one model must not be found for another, which the guards would not prevent."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def _of_inputs(guards: Sequence[Any]) -> list[bool]:
+    """Which guards stay: those on the tensors that a step is given."""
+    return torch.compiler.keep_tensor_guards_unsafe(guards)
 
 
 def bucket_of(rows: int) -> int:
@@ -88,46 +98,60 @@ class Step:
 
     def __init__(self, model: Any, compile: bool = True) -> None:
         self.model = model
-        self.decode: Callable[..., Tensor] = torch.compile(decode) if compile else decode
+        self.decode: Callable[..., Tensor] = decode
+        if compile:
+            # Guards on weights and settings, which do not change here, and calls from Python would
+            # each be a twentieth of a small model's time
+            options: dict[str, Any] = {"guard_filter_fn": _of_inputs}
+            if model.get_device().type == "cpu":
+                options["cpp_wrapper"] = True
+            self.decode = torch.compile(_copied(decode), options=options)
         self.proven = not compile
+        self._memory = Memory([], None, torch.empty(0))
+        self._held: list[Any] = []  # the cache's memory that it shows
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """(R, 1) ids -> (R, V) logits. The cache's lengths are its owner's to change."""
-        R = idx.size(0)
-        layers, ids = self.prepare(cache, R)
-        at = torch.tensor(cache.lengths, device=idx.device)
-        return self.run(idx, at, layers, ids)
+        memory = self.prepare(cache, idx.size(0))
+        # What no row has reached need not be read
+        memory = memory._replace(places=memory.places[: cache.end(1)], alone=idx.size(0) == 1)
+        if self.decode is not decode:
+            torch._dynamo.maybe_mark_dynamic(memory.places, 0)
+        return self.run(idx, torch.tensor(cache.lengths, device=idx.device), memory)
 
     def prepare(self, cache: KVCache, rows: int) -> Memory:
         """Memory for one more token of each row, and angles for every position of it."""
         cache.reserve(rows, cache.end(1))
-        layers, ids = memory(cache, rows)
+        held = [*cache.layers, cache.ids]
+        same = len(self._held) == len(held) and all(a is b for a, b in zip(held, self._held))
+        if not same or self._memory.layers[0][0].size(0) != rows:
+            self._held, self._memory = held, self._shown(cache, rows)
+        return self._memory
+
+    def _shown(self, cache: KVCache, rows: int) -> Memory:
+        layers = [(kv[0][:rows], kv[1][:rows]) for kv in cache.layers if kv is not None]
         size, rotary = layers[0][0].size(2), self.model.rotary
         if size > rotary.cos.size(0):
             rotary.fill(size)
-        return layers, ids
-
-    def run(
-        self, idx: Tensor, at: Tensor, layers: list[tuple[Tensor, Tensor]], ids: Tensor | None
-    ) -> Tensor:
-        if not self.proven:
-            self._prove(idx, at, layers, ids)
-        # One program for every size of the memory, and one for a row alone
-        if self.decode is not decode:
+        ids = None if cache.ids is None else cache.ids[:rows]
+        if self.decode is not decode:  # one program for every size of the memory
             for tensor in (t for kv in layers for t in kv):
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
             if ids is not None:
                 torch._dynamo.maybe_mark_dynamic(ids, 1)
-        return self.decode(self.model, idx, at, layers, ids)
+        return Memory(layers, ids, torch.arange(size, device=cache.device))
 
-    def _prove(
-        self, idx: Tensor, at: Tensor, layers: list[tuple[Tensor, Tensor]], ids: Tensor | None
-    ) -> None:
+    def run(self, idx: Tensor, at: Tensor, memory: Memory) -> Tensor:
+        if not self.proven:
+            self._prove(idx, at, memory)
+        return self.decode(self.model, idx, at, memory)
+
+    def _prove(self, idx: Tensor, at: Tensor, memory: Memory) -> None:
         """Compares the first step with the plain one, and goes on plainly if they differ."""
         self.proven = True
-        plain = decode(self.model, idx, at, layers, ids)
+        plain = decode(self.model, idx, at, memory)
         try:
-            found = self.run(idx, at, layers, ids)
+            found = self.run(idx, at, memory)
             near = (found - plain).abs().max() <= 0.02 * plain.abs().max().clamp(min=1e-6)
             problem = "" if bool(near) else "it gives other logits than the plain one"
         except Exception as e:  # a missing compiler, or one that fails: of any kind
@@ -151,15 +175,15 @@ class GraphStep(Step):
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         R = idx.size(0)
         bucket = bucket_of(R)
-        layers, ids = self.prepare(cache, bucket)
-        where = tuple(t.data_ptr() for kv in layers for t in kv)
-        where += () if ids is None else (ids.data_ptr(),)
+        memory = self.prepare(cache, bucket)
+        where = tuple(t.data_ptr() for kv in memory.layers for t in kv)
+        where += () if memory.ids is None else (memory.ids.data_ptr(),)
         if where != self._where:
             self.graphs, self._where = {}, where
         if bucket not in self.graphs:
             if not self.graphs:
                 print0(f"decoding: capturing a graph for {bucket} rows, others as they are needed")
-            self.graphs[bucket] = self.record(bucket, layers, ids)
+            self.graphs[bucket] = self.record(bucket, memory)
         replay, static_idx, static_at, logits = self.graphs[bucket]
         # What is written into the rows of nobody, at their first place, is overwritten when
         # somebody takes them.
@@ -170,16 +194,16 @@ class GraphStep(Step):
         return logits[:R]
 
     def record(
-        self, rows: int, layers: list[tuple[Tensor, Tensor]], ids: Tensor | None
+        self, rows: int, memory: Memory
     ) -> tuple[Callable[[], None], Tensor, Tensor, Tensor]:
         """(what runs it again, its ids, its positions, its logits)."""
-        device = layers[0][0].device
+        device = memory.places.device
         # Trials at the last position, which no row has reached: what they write there is behind
         # every row's end
-        last = layers[0][0].size(2) - 1
+        last = memory.places.size(0) - 1
         idx = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         at = torch.full((rows,), last, device=device)
-        replay, logits = self.capture(lambda: self.run(idx, at, layers, ids))
+        replay, logits = self.capture(lambda: self.run(idx, at, memory))
         return replay, idx, at, logits
 
     def capture(self, action: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

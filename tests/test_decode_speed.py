@@ -11,9 +11,9 @@ from bench.decode_speed import Args, compare, int8_quality, tokenizer_of
 
 def test_both_write_the_same_tokens(tmp_path: Path) -> None:
     pytest.importorskip("transformers", minversion="5.0")
-    args = Args(depth=1, vocab_size=400, prompt_tokens=5, new_tokens=6, rounds=2, step="plain")
+    args = Args(vocab_size=400, prompt_tokens=5, new_tokens=6, rounds=2, steps=["plain"])
     args.batches = [1, 3]
-    rows = compare("qwen2.5", args, tokenizer_of(400), tmp_path)
+    rows = compare("qwen2.5", 1, args, tokenizer_of(400), tmp_path)
     assert [row["batch"] for row in rows] == [1, 3]
     for row in rows:
         assert row["equal_tokens"] == 1.0
@@ -22,7 +22,7 @@ def test_both_write_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_int8_costs_something_and_not_much() -> None:
-    args = Args(depth=1, vocab_size=400, quality_steps=20)
+    args = Args(depths=[1], vocab_size=400, quality_steps=20)
     found = int8_quality("gpt", args, tokenizer_of(400))
     assert 0.5 < found["float32_bits_per_byte"] < 8
     assert 0 < abs(found["increase"]) < 0.01

@@ -112,7 +112,7 @@ def test_a_step_that_does_not_compile_is_plain_and_says_why(
     model = tiny_model("gpt")
     idx = tokens_of(model, 2, 1)
     for compiled, reason in ((broken, "no C++ compiler"), (wrong, "other logits")):
-        monkeypatch.setattr(torch, "compile", lambda _, compiled=compiled: compiled)
+        monkeypatch.setattr(torch, "compile", lambda _, compiled=compiled, **__: compiled)
         cache = KVCache(model.config.n_layer, batch=2)
         with torch.no_grad():
             model(tokens_of(model, 2, 5), kv_cache=cache)
@@ -123,6 +123,17 @@ def test_a_step_that_does_not_compile_is_plain_and_says_why(
         out = capsys.readouterr()
         assert reason in out.out + out.err
         assert step.decode is static_step.decode
+
+
+def compile_with(backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile as the step calls it, its guards included, but without the C++ compiler."""
+    real = torch.compile
+
+    def compile(f: Any, options: dict[str, Any]) -> Any:
+        guards = {"guard_filter_fn": options["guard_filter_fn"]}
+        return real(f, fullgraph=True, backend=backend, options=guards)
+
+    monkeypatch.setattr(torch, "compile", compile)
 
 
 @every_architecture
@@ -136,8 +147,7 @@ def test_torch_compile_takes_the_step_whole(arch: str, monkeypatch: pytest.Monke
         return graph.forward
 
     torch._dynamo.reset()
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: real(f, fullgraph=True, backend=backend))
+    compile_with(backend, monkeypatch)
     model = tiny_model(arch, n_layer=2)
     idx = tokens_of(model, 2, 150)
     naive = model(idx)
@@ -149,6 +159,27 @@ def test_torch_compile_takes_the_step_whole(arch: str, monkeypatch: pytest.Monke
         cache.set_lengths([i + 1] * 2)
     assert step.decode is not static_step.decode
     assert len(graphs) <= 2
+
+
+@torch.no_grad()
+def test_a_program_serves_its_own_model_and_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the same shapes, other numbers and other heads; rows come and go."""
+    torch._dynamo.reset()
+    compile_with(lambda graph, _: graph.forward, monkeypatch)
+    models = [tiny_model("gpt", n_layer=2, n_head=n, n_kv_head=n) for n in (2, 4)]
+    models.append(tiny_model("gpt", n_layer=2, n_head=2, n_kv_head=2))
+    for p in models[2].parameters():
+        p.mul_(1.5)
+    steps = [Step(model) for model in models]
+    for B in (1, 3, 1, 2):
+        for model, step in zip(models, steps):
+            idx = tokens_of(model, B, 12)
+            cache = KVCache(model.config.n_layer, batch=B)
+            model(idx[:, :10], kv_cache=cache)
+            for i in (10, 11):
+                assert_close(step(idx[:, i : i + 1], cache), model(idx)[:, i], (B, i))
+                cache.set_lengths([i + 1] * B)
+            assert step.decode is not static_step.decode
 
 
 def test_steps_by_name() -> None:
