@@ -295,7 +295,7 @@ def differences(stage: str, tag: str, other: str) -> list[str]:
 
 def _lasting(row: dict[str, Any]) -> dict[str, Any]:
     """A log row or metadata without what no two runs have in common: times, and where it stood."""
-    passing = ("time", "seconds", "tokens_per_second", "args", "log_size", "loader")
+    passing = ("time", "seconds", "tokens_per_second", "memory_gib", "args", "log_size", "loader")
     return {
         k: _lasting(v) if isinstance(v, dict) else v for k, v in row.items() if k not in passing
     }

@@ -260,7 +260,9 @@ def verdict(row: dict[str, Any]) -> str:
     """What the numbers allow to say."""
     if row["trial"] == "base":
         return ""
-    if not abs(row["difference"]) > 2 * row["error"]:
+    if row["seeds"] == 1:
+        return "one seed"
+    if abs(row["difference"]) <= 2 * row["error"]:
         return "tie"
     return "better" if row["difference"] < 0 else "worse"
 
@@ -275,9 +277,9 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in compared(result["trials"]):
-        difference = f"{row['difference']:+.4f} ± {row['error']:.4f}"
-        if row["trial"] == "base":
-            difference = ""
+        difference = "" if row["trial"] == "base" else f"{row['difference']:+.4f}"
+        if difference and row["seeds"] > 1:
+            difference += f" ± {row['error']:.4f}"
         lines.append(
             f"| {row['what']} | {row['bpb']:.4f} | {difference} | {row['seeds']} | {verdict(row)} |"
         )

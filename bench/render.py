@@ -181,6 +181,32 @@ def speedrun() -> str:
     return speedrun_cpu.table(load("speedrun_cpu"))
 
 
+def plan() -> str:
+    """From `python -m scripts.plan --json > bench/results/plan.json`, which is arithmetic."""
+    plans = read_json(RESULTS / "plan.json")
+    first = plans[0]
+    lines = [
+        f"| {first['gpus']} × {first['gpu']} | parameters | tokens | shards | disk | a GPU | hours "
+        "| dollars |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in plans:
+        enough = "" if row["shards"] <= row["shards_there_are"] else ", more than there are"
+        lines.append(
+            f"| {row['name']} | {row['num_params'] / 1e6:,.0f}M | {row['tokens'] / 1e9:.1f}B "
+            f"| {row['shards']:,}{enough} | {sum(row['disk_bytes'].values()) / 1e9:.0f} GB "
+            f"| {row['gb_a_gpu']:.0f} GB, {row['shard']} | {row['hours']:,.1f} "
+            f"| {row['dollars']:,.0f} |"
+        )
+    share = first["share_of_peak"]
+    lines += [
+        "",
+        f"Assumed: {share['value']:.0%} of the GPUs' peak ({share['source']}), "
+        f"${first['price']:g} for a GPU and hour; `--mfu`, `--price` and more say otherwise.",
+    ]
+    return "\n".join(lines)
+
+
 def bpe() -> str:
     return bpe_table.passage(*map(load, ("bpe_training_50mb", "bpe_training", "bpe_encoding")))
 
@@ -197,8 +223,10 @@ def prepare() -> str:
 # (page, name of the passage) -> what stands there
 PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "speedrun"): speedrun,
+    ("README.md", "plan"): plan,
     ("README.md", "performance"): performance,
     ("rustbpe/README.md", "BPE"): bpe,
+    ("bench/LEARNING.md", "trials"): trials,
     ("docs/03-data.md", "prepare"): prepare,
 }
 

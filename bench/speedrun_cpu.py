@@ -64,8 +64,9 @@ def collect(base_dir: Path, wall_seconds: float | None) -> dict[str, Any]:
     command = [sys.executable, "-m", "scripts.chat_cli", "-p", QUESTION]
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)}
     answer = subprocess.run(
-        command, cwd=REPO, env=env, capture_output=True, text=True, encoding="utf-8", check=True
-    ).stdout
+        command, cwd=REPO, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        encoding="utf-8", check=True,
+    ).stdout  # fmt: skip
     return {
         **about,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},

@@ -21,11 +21,14 @@ rank to hold them all, but keep an index that is a pickle, and make two formats 
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +41,11 @@ from nanochat.lora import has_lora, merged_rows
 from nanochat.manifest import find_damage, flush, read_manifest, seal
 from nanochat.models import build_model, config_from_dict, config_to_dict
 from nanochat.tokenizer import Tokenizer, get_tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs of one tag are not told apart
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 STAGE_FOLDERS = {
@@ -234,6 +242,35 @@ def _discard(folder: Path) -> None:
     tmp = folder.with_name(f".{folder.name}.tmp")
     folder.rename(tmp)
     shutil.rmtree(tmp)
+
+
+_claims: dict[Path, TextIO] = {}  # open until the process ends, however it ends
+
+
+def claim(source: str, tag: str) -> None:
+    """UserError if another process, on this machine or one that shares the folder, is writing
+    checkpoints of this tag; else none can until this one ends. Rank 0 only."""
+    path = stage_dir(source) / ".running" / tag
+    if path in _claims or fcntl is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's no fork inherits it
+    except OSError as e:
+        file.seek(0)
+        who = file.read().strip()
+        file.close()
+        if e.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        raise UserError(
+            f"another run ({who}) is writing the {source} checkpoints of {tag}: wait until it "
+            "ends, or give this one a name of its own by --model_tag"
+        ) from e
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _claims[path] = file
 
 
 def tidy(folder: Path) -> None:

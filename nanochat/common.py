@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,8 +62,13 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as e:
+        if e.filename in (None, str(tmp)):  # a full disk names no file, and ours has another name
+            e.filename = str(path)
+        raise
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):  # say what went wrong above, not that nothing can be removed
+            tmp.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -22,7 +22,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from nanochat import rank_log
+from nanochat import errors, rank_log
 from nanochat.common import UserError, get_base_dir
 from nanochat.flags import RANK_TIMEOUT
 from nanochat.heartbeat import Heartbeat, lost_contact
@@ -56,11 +56,22 @@ def pick_device_type(device_type: str = "") -> str:
     if device_type not in available:
         raise UserError(f"--device_type={device_type}: choose one of cuda, cpu, mps")
     if not available[device_type]:
-        raise UserError(
-            f"--device_type={device_type}: PyTorch {torch.__version__} sees no such device here; "
-            "use --device_type=cpu, or install a driver and a PyTorch build that match"
-        )
+        raise UserError(f"--device_type={device_type}: {_why_none(device_type)}")
     return device_type
+
+
+def _why_none(device_type: str) -> str:
+    """Why torch sees no such device: a driver that is old or missing, another build."""
+    try:
+        if device_type == "cuda":
+            torch.cuda.init()
+    except Exception as e:
+        if known := errors.explain(e):
+            return str(known)
+    return (
+        f"PyTorch {torch.__version__} sees no such device here; use --device_type=cpu, or install "
+        "a driver and a PyTorch build that match"
+    )
 
 
 @contextmanager

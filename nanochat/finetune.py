@@ -69,7 +69,7 @@ class ConversationFlags(flags.InheritedFlags, flags.ScheduleFlags, lora.LoraFlag
     warmdown_ratio: float = 0.5
     """Share of the run over which the learning rate falls."""
     sample_every: int = 500
-    """Steps between samples; -1: only at the end."""
+    """Steps between samples, the first before training; -1: only at the end."""
     sample_prompts: str = "Hello! Who are you?|What is 27 + 15?"
     """Questions to answer in samples, separated by |."""
     chat_eval_every: int = 500
@@ -222,6 +222,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             "started_from": start.name,
             "optimizer_from": start.name if optimizer.num_steps else None,  # cold
             "mixture": " | ".join(filter(None, [args.mixture, args.data])),
+            "shares": mixture.shares(source.counts),
             "validation": validation,
         },
         loader=loader,
@@ -231,7 +232,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
             trainer.record(val_loss=validation_loss(args, trainer, val_reader, micro_batch))
         if chat_tasks and trainer.is_due(args.chat_eval_every, at_start=True):
             trainer.record("eval", **chat_metrics(args, trainer, tokenizer, chat_tasks))
-        if trainer.is_due(args.sample_every):
+        if trainer.is_due(args.sample_every, at_start=True):
             with gathered(model):
                 if info.rank == 0:
                     sample_replies(trainer, tokenizer, args.sample_prompts)

@@ -12,25 +12,29 @@ A script writes
         flags.run(main, Args)
 
 The text under a field is its help. Dashes and underscores are the same, `--flag value` and
-`--flag=value` too, and a lone `--` (torchrun's separator) is skipped. Floor 0.
+`--flag=value` too, and a lone `--` (torchrun's separator) is skipped. Every command takes --debug,
+which shows the traceback of an error. Floor 0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 import tyro
 
-from nanochat import rank_log
+from nanochat import errors, rank_log
 from nanochat.common import UserError, print0
 
 T = TypeVar("T")
+
+DEBUG = "--debug"  # shows tracebacks; every command has it
 
 Source = Literal["base", "mid", "sft", "rl", "dpo"]
 
@@ -48,17 +52,67 @@ def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
     """Parses `argv` (default: the process's own).
 
     Unknown flags end the process with a suggestion; a class with an attribute `passed_on` (no
-    field) gets them there instead, for the program that it starts."""
+    field) gets them there instead, for the program that it starts. A number that cannot be is a
+    UserError. --debug is every command's and
+    no field: run() looks for it."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
         words.remove("--")
+    words = [word for word in words if word != DEBUG]
+    prog, said = _command(args_class), _help(args_class)
     if hasattr(args_class, "passed_on"):
-        args, rest = tyro.cli(args_class, args=words, return_unknown_args=True)
+        args, rest = tyro.cli(
+            args_class, prog=prog, description=said, args=words, return_unknown_args=True
+        )
         vars(args)["passed_on"] = rest
     else:
-        args = tyro.cli(args_class, args=words)
+        args = tyro.cli(args_class, prog=prog, description=said, args=words)
+    _check_values(args)
     vars(args)["typed"] = words  # no field: asdict() and comparisons do not see it
     return args
+
+
+def _command(args_class: type) -> str:
+    """What one types to run the program whose flags these are: "python -m scripts.base_train"."""
+    module = args_class.__module__
+    if module == "__main__":
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if spec is None:
+            return f"python {sys.argv[0]}"
+        module = spec.name
+    return f"python -m {module.removesuffix('.__main__')}"
+
+
+def _help(args_class: type) -> str:
+    said = inspect.cleandoc(args_class.__doc__ or "")
+    if said.startswith(f"{args_class.__name__}("):  # what @dataclass writes where there is none
+        said = ""
+    return f"{said}\n\n{DEBUG} shows where an error comes from (its traceback).".strip()
+
+
+SHARES = ("warmdown_ratio", "final_lr_frac")
+# What a flag of these names may be, in whichever command; its default too, which may be -1
+LEAST = {
+    **dict.fromkeys(["num_iterations", "total_batch_size", "device_batch_size", "max_seq_len"], 1),
+    **dict.fromkeys(["max_new_tokens", "num_samples", "batch_size"], 1),
+    **dict.fromkeys(["temperature", "top_k", *SHARES], 0),
+}
+
+
+def _check_values(args: Any) -> None:
+    """UserError for numbers that no command could do anything with, and tags that are paths: those
+    would not be found again among the checkpoints."""
+    for field in fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if name == "model_tag" and value and (value[0] == "." or set(value) & set("/\\")):
+            raise UserError(
+                f"--{name}={value} must be the name of a folder, like my-model: no path"
+            )
+        if not isinstance(value, int | float) or value == field.default:
+            continue
+        if value < LEAST.get(name, value) or (name in SHARES and value > 1):
+            least = "a share, from 0 to 1" if name in SHARES else f"at least {LEAST[name]}"
+            raise UserError(f"--{name}={value:g} must be {least}; the default is {field.default}")
 
 
 def typed(args: Any) -> list[str] | None:
@@ -67,26 +121,28 @@ def typed(args: Any) -> list[str] | None:
 
 
 def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and calls main(args). A UserError ends as one readable message.
-
-    Of several ranks the one that fails first is heard, also if it fails alone (a file missing on
-    one node): see rank_log.py."""
-    args = _parse_as_a_rank(args_class, argv) if rank_log.start() else parse(args_class, argv)
+    """Parses the command line and calls main(args). Whatever it raises ends as one readable
+    message and a status that is not 0: see errors.py, and rank_log.py for several ranks, of which
+    the one that fails first is heard, also if it fails alone (a file missing on one node)."""
+    debug = DEBUG in (sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us: what is said goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
+        ranks = rank_log.start(debug)
+        args = _parse_as_a_rank(args_class, argv) if ranks else parse(args_class, argv)
         main(args)
-    except UserError as e:
-        if not rank_log.report(e):
-            rank = os.environ.get("RANK", "0")
-            who = "error" if rank == "0" else f"error (rank {rank})"
-            print(f"{who}: {e}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except Exception as e:
-        if not rank_log.report(e):
-            raise
-        sys.exit(1)
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not while Python ends
     except KeyboardInterrupt:
         print0("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as e:
+        closed = isinstance(e, BrokenPipeError) and errors.drop_closed_output()
+        error = UserError("what read the output has ended (as `| head` does)") if closed else e
+        if not rank_log.report(error):
+            rank = int(os.environ.get("RANK", "0"))
+            print(errors.words(error, debug, rank or None), file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _parse_as_a_rank(args_class: type[T], argv: Sequence[str] | None) -> T:

@@ -183,6 +183,21 @@ def free_memory() -> int | None:
     return None if total is None else int(total * 2**30)
 
 
+def peak_memory(device_type: str) -> float | None:
+    """GiB that this process has held at most so far: of its GPU on CUDA, else of the machine's
+    memory. None where that cannot be learnt (Windows)."""
+    if device_type == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but on macOS bytes
+    return round(most * (1 if platform.system() == "Darwin" else 1024) / 2**30, 3)
+
+
 def _gpus() -> list[str]:
     """Names of the CUDA devices PyTorch sees, with their memory; or Apple's, if that is there."""
     import torch

@@ -20,7 +20,8 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from nanochat.common import UserError, get_base_dir, print0, warn0
+from nanochat import errors
+from nanochat.common import get_base_dir, print0, warn0
 
 try:
     import fcntl
@@ -68,8 +69,8 @@ class Tee:
 class RankLog:
     """This rank's file, and what it can find out about the others."""
 
-    def __init__(self, folder: Path, rank: int, world_size: int) -> None:
-        self.folder, self.rank, self.world_size = folder, rank, world_size
+    def __init__(self, folder: Path, rank: int, world_size: int, debug: bool = False) -> None:
+        self.folder, self.rank, self.world_size, self.debug = folder, rank, world_size, debug
         self.path = self.path_of(rank)
         folder.mkdir(parents=True, exist_ok=True)
         # Both stay open until the process ends, however it ends
@@ -168,11 +169,14 @@ class RankLog:
             return self._to_file()
         if dead:
             text = self._words_of(dead)
-        elif isinstance(error, UserError):
-            text = f"error (rank {self.rank}): {error}\n"
+        elif lost:
+            shown = text if self.debug else ""
+            text = (
+                f"{shown}error: rank {self.rank} of {self.world_size} lost its connection to "
+                f"another rank: {str(error).strip().splitlines()[0]}. It says more in {self.path}\n"
+            )
         else:
-            what = "lost its connection to another rank" if lost else "failed"
-            text = f"error: rank {self.rank} of {self.world_size} {what}\n{text}"
+            text = errors.words(error, self.debug, self.rank, str(self.path)) + "\n"
         os.write(self.console, ((f"\r{ERASE}" if os.isatty(self.console) else "") + text).encode())
         if dead:
             self._tell_torchrun(f"lost its connection to {ranks(dead)}", 1)
@@ -232,9 +236,9 @@ def ranks(numbers: list[int]) -> str:
 _log: RankLog | None = None
 
 
-def start() -> bool:
+def start(debug: bool = False) -> bool:
     """Opens this rank's file, if there are several ranks, and sends its output there. Whether it
-    did."""
+    did. `debug`: a rank that fails shows its traceback."""
     global _log  # noqa: PLW0603  # the process's own output
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or _log is not None:
@@ -243,7 +247,7 @@ def start() -> bool:
     name = "-".join(filter(None, [Path(sys.argv[0]).stem, re.sub(r"[^\w.-]", "_", run_id)]))
     folder = get_base_dir() / "rank_logs" / name
     try:
-        _log = RankLog(folder, int(os.environ.get("RANK", "0")), world_size)
+        _log = RankLog(folder, int(os.environ.get("RANK", "0")), world_size, debug)
     except OSError as e:
         warn0(f"ranks have no files of their own: {folder} cannot be written: {e}")
         return False

@@ -16,6 +16,7 @@ reply ends exactly once, with a reason. That care lives here, in `ReplyStream`:
 from __future__ import annotations
 
 import codecs
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -39,15 +40,16 @@ class ReplyStream:
     """One assistant reply, taken in token by token.
 
     Attributes, valid at any moment: `num_tokens` fed so far (forced tool output and the terminal
-    token count too), `parts` (the reply as conversation parts, ready to be put into the history),
-    `reason` ("" while running, then "stop": the model ended by itself or wrote a stop string, or
-    "length": it was cut)."""
+    token count too), `first_at` (when the first came, by time.monotonic; None before), `parts` (the
+    reply as conversation parts, ready to be put into the history), `reason` ("" while running, then
+    "stop": the model ended by itself or wrote a stop string, or "length": it was cut)."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), trust_marks: bool = False) -> None:
         """`stop`: the text ends before the first of these, looked for in each stretch of text.
         `trust_marks`: what stands between the marks of tool output is taken for it even if the
         model wrote them; else such a forgery is shown as the text that it is."""
         self.num_tokens = 0
+        self.first_at: float | None = None
         self.parts: list[Part] = []
         self.reason = ""
         self._tokenizer = tokenizer
@@ -77,6 +79,8 @@ class ReplyStream:
         if self.reason:
             return []
         self.num_tokens += 1
+        if self.first_at is None:
+            self.first_at = time.monotonic()
         events: list[Event] = []
         forced = mask == 0
         if forced and self._inside != "python_output":

@@ -101,6 +101,10 @@ def claim_folder(folder: Path, repo: str, files: dict[str, Remote], val: str) ->
         for path in there
         if path.name in files and files[path.name].size not in (None, path.stat().st_size)
     ]
+    primer = get_base_dir() / "primer.json"
+    sizes = read_json(primer)["files"] if there and primer.exists() else {}
+    if any(sizes.get(f"{folder.name}/{path.name}") == path.stat().st_size for path in there):
+        owner = "the primer"
     if owner != repo:
         raise UserError(
             f"{folder} holds shards of {owner}; those of {repo} must not mix with them. Move them "

@@ -20,6 +20,7 @@ import torch
 from nanochat.checkpoint import (
     check_manifest,
     checkpoint_tokenizer,
+    claim,
     find_checkpoint,
     list_tags,
     load_weights,
@@ -248,6 +249,7 @@ def find_resumable(
         return None
     found = 0
     if info.rank == 0:  # the others would read the same gigabytes
+        claim(stage, tag)
         tidy(stage_dir(stage) / tag)
         found = wanted if wanted >= 0 else newest_whole(stage, tag)
         if wanted >= 0:
@@ -266,6 +268,15 @@ def find_resumable(
     return folder, meta
 
 
+def _change(name: str, then: Any, now: Any) -> str:
+    """What became of one part of an identity; of a model's shape only what is another."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        both = [key for key in now if key in then and then[key] != now[key]]
+        if both:
+            then, now = ({key: value[key] for key in both} for value in (then, now))
+    return f"{name} was {then}, now it is {now}"
+
+
 def refuse_changes(
     folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: str, doing: str = "resume"
 ) -> None:
@@ -277,9 +288,7 @@ def refuse_changes(
             f"--allow_changes: {', '.join(unknown)} is nothing that is compared; that is "
             f"{', '.join(now)}"
         )
-    changed = {
-        n: f"{n} was {then[n]}, now it is {now[n]}" for n in now if then.get(n, now[n]) != now[n]
-    }
+    changed = {n: _change(n, then[n], now[n]) for n in now if then.get(n, now[n]) != now[n]}
     refused = [text for name, text in changed.items() if name not in names]
     if refused:
         raise UserError(

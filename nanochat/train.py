@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from nanochat import rank_log, schedule
 from nanochat.checkpoint import (
     LOG,
+    claim,
     load_weights,
     optim_reader,
     prune,
@@ -42,6 +43,7 @@ from nanochat.common import UserError, append_jsonl, print0, warn0
 from nanochat.dataloader import MicroBatch, StepLoader
 from nanochat.distributed import DistInfo, at_step, sum_over_ranks
 from nanochat.flags import TrainFlags
+from nanochat.machine import peak_memory
 from nanochat.meter import Meter, QuietCollector, StepRecord
 from nanochat.models import config_to_dict
 from nanochat.optim import MuonAdamW, refuse_divergence
@@ -132,6 +134,8 @@ class Trainer:
             if self.args.dry_run:
                 print0(f"--dry_run: {self.stage} {self.tag} could begin; nothing was trained")
                 return
+            if self.info.rank == 0:
+                claim(self.stage, self.tag)
             self._resume()
             self._start_log()
             self.collector.start()
@@ -356,7 +360,7 @@ class Trainer:
         self._write_row(
             "step", step, loss=loss if math.isfinite(loss) else None, lr_mul=record.lr_mul,
             grad_norm=norm, tokens=s.tokens, tokens_per_second=rate, mfu=mfu, seconds=s.seconds,
-            **skipped,
+            memory_gib=peak_memory(self.info.device.type), **skipped,
         )  # fmt: skip
         self._log_mark = self._log_size()  # what follows are events after this step
         line = f"{self.stage} step {step}/{self.num_steps} | loss {smooth:.4f}"

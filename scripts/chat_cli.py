@@ -1,175 +1,147 @@
 """
 Talk to a model in the terminal.
 
-    python -m scripts.chat_cli                          # a conversation; /clear begins anew
-    python -m scripts.chat_cli -p "What is 27 + 15?"    # one answer, then exit
+    python -m scripts.chat_cli                          # a conversation; /help lists the commands
     python -m scripts.chat_cli -i rl -g d20 -t 0        # another stage, always the likeliest token
+    python -m scripts.chat_cli -p "What is 27 + 15?"    # one answer, then exit
+    echo "What is 27 + 15?" | python -m scripts.chat_cli --json          # one JSON object, a line
+    cat notes.txt | python -m scripts.chat_cli -p "Summarise:"           # joins both
 
-Replies appear while they are made; what the model had calculated stands in brackets. Ctrl-C stops a
-reply, at the prompt it ends the program (Ctrl-D and /quit too).
+Replies appear while they are made; what a tool was asked and said stands in brackets. Ctrl-C stops
+a reply; on an empty line it ends the program, with exit status 130 (Ctrl-D and /quit: 0). What was
+typed is kept in $NANOCHAT_BASE_DIR/chat_history, for the Up key and Ctrl-R. With --json an error is
+{"error": "..."} and exit status 1. The conversation and its commands: nanochat/terminal/.
 """
 
 from __future__ import annotations
 
-import re
+import json
+import os
 import sys
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 
 from nanochat import distributed, flags
 from nanochat.checkpoint import load_model
-from nanochat.common import UserError
+from nanochat.common import UserError, get_base_dir
 from nanochat.engine import Engine
-from nanochat.serve.stream import Event, ReplyStream
+from nanochat.precision import choose_precision
+from nanochat.serving import make_ready
+from nanochat.terminal.chat import Chat
+from nanochat.terminal.commands import COMMANDS, is_command, message_of, run_command
+from nanochat.terminal.keyboard import make_reader, piped
+from nanochat.terminal.options import TerminalFlags, sampling_of
+from nanochat.terminal.screen import Screen
 
-DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
-HELP = "/clear forgets the conversation, /quit ends it, Ctrl-C stops a reply"
+INTERRUPTED = 130  # exit status of what Ctrl-C ended
 
 
 @dataclass
-class Args(flags.DeviceFlags):
+class Args(TerminalFlags):
     """Talks to a trained model in the terminal."""
 
-    source: Annotated[flags.Source, flags.alias("-i")] = "sft"
-    """Stage whose checkpoint is used."""
-    model_tag: Annotated[str | None, flags.alias("-g")] = None
-    """Which model of that stage, for example d20; default: the newest."""
-    step: Annotated[int | None, flags.alias("-s")] = None
-    """Which checkpoint of that model; default: the last."""
-    temperature: Annotated[float, flags.alias("-t")] = 0.6
-    """How freely tokens are chosen; 0: always the likeliest."""
-    top_k: Annotated[int, flags.alias("-k")] = 50
-    """Sample among the k likeliest tokens; 0: among all."""
-    max_new_tokens: Annotated[int, flags.alias("-m")] = 256
-    """Longest reply, in tokens."""
-    prompt: Annotated[str, flags.alias("-p")] = ""
-    """Answer this and exit; empty: a conversation."""
-    seed: int = 42
-    """Seed of the sampling: the same conversation gets the same replies."""
+
+def answer(chat: Chat, screen: Screen, text: str) -> bool:
+    """Prints the reply to `text` while it is made; False if Ctrl-C stopped it."""
+    if dropped := chat.say(text) // 2:
+        exchanges = f"{dropped} oldest exchange{'s' if dropped > 1 else ''}"
+        screen.note(f"(the {chat.context} tokens of context are full: forgot the {exchanges})")
+    try:
+        with closing(chat.reply()) as events:
+            screen.show(events)
+    except KeyboardInterrupt:
+        screen.note(" [stopped]")
+        return False
+    finally:
+        screen.speed(chat.answer)
+    return True
 
 
-class Chat:
-    """A conversation with a model: what was said, and the next reply."""
+def answer_as_json(chat: Chat, text: str) -> bool:
+    """The same as one line of JSON, which is ASCII: nothing in it commands a terminal."""
+    chat.say(text)
+    whole = True
+    try:
+        with closing(chat.reply()) as events:
+            for _ in events:
+                pass
+    except KeyboardInterrupt:
+        whole = False
+    assert chat.answer is not None
+    print(json.dumps(asdict(chat.answer)), flush=True)
+    return whole
 
-    def __init__(self, engine: Any, tokenizer: Any, context: int, args: Args) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.context = context  # tokens that the model can take in, its reply included
-        self.args = args
-        self.messages: list[dict[str, Any]] = []
-        self.color = sys.stdout.isatty()
 
-    def ask(self, text: str) -> None:
-        """Prints the reply to `text` while it is made, and remembers both."""
-        question = {"role": "user", "content": text}
-        prompt, dropped = self.fit([*self.messages, question])
-        self.messages = self.messages[dropped:]
-        if dropped:
-            turns = f"{dropped // 2} oldest exchange{'s' if dropped > 2 else ''}"
-            self.note(f"(the {self.context} tokens of context are full: forgot the {turns})\n")
-        reply = ReplyStream(self.tokenizer)
+def talk(chat: Chat, screen: Screen, read: Callable[[], str]) -> int:
+    """Asks for messages until Ctrl-C or Ctrl-D at the prompt, or /quit; returns the exit status.
+    Neither a reply that is stopped nor a message that cannot be answered ends it."""
+    while True:
         try:
-            self.show(reply, prompt)
-        finally:
-            # A reply that was interrupted was said as far as it went; an empty one was not said.
-            if any(p["text"] for p in reply.parts if p["type"] != "python_output"):
-                self.messages += [question, {"role": "assistant", "content": reply.parts}]
-
-    def fit(self, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
-        """The prompt's token ids, and how many of the oldest messages were left out to leave room
-        for a reply. UserError if the last message alone is too long."""
-        room = min(self.args.max_new_tokens, self.context // 2)  # a long reply must not eat it all
-        for dropped in range(0, len(messages), 2):
-            ids = self.tokenizer.render_for_completion({"messages": messages[dropped:]})
-            if len(ids) + room <= self.context:
-                return ids, dropped
-        raise UserError(
-            f"this message has {len(ids)} tokens; the model's context is {self.context}, "
-            f"of which {room} are kept for the reply. Say it shorter"
-        )
-
-    def show(self, reply: ReplyStream, prompt: list[int]) -> None:
-        """Generates and prints one reply."""
-        turn = len(self.messages) // 2  # the same question asked twice may get two answers
-        events = reply.run(
-            self.engine,
-            prompt,
-            max_tokens=min(self.args.max_new_tokens, self.context - len(prompt)),
-            temperature=self.args.temperature,
-            top_k=self.args.top_k or None,
-            seed=self.args.seed + turn,
-        )
-        call = ""  # a tool call waiting for its output
-        for kind, text in events:
-            call = self.show_event((kind, text), call)
-        print(flush=True)
-
-    def show_event(self, event: Event, call: str) -> str:
-        """Prints one event; returns the tool call that is now waiting for its output."""
-        kind, text = event
-        # A model can write any character, also those that would command the terminal.
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-        if call:
-            self.note(f"[calculator: {call} = {text}] " if kind == "tool_output" else f"[{call}]")
-        if kind == "text":
-            print(text, end="", flush=True)
-        elif kind == "tool":
-            return text
-        elif kind == "end" and text == "length":
-            self.note(" [cut: --max_new_tokens or the context was reached]")
-        return ""
-
-    def note(self, text: str) -> None:
-        """Prints what is not the model's text, dimmed where the terminal can."""
-        print(f"{DIM}{text}{PLAIN}" if self.color else text, end="", flush=True)
-
-    def loop(self) -> None:
-        """Asks for messages until /quit, Ctrl-C or Ctrl-D."""
-        self.note(f"{HELP}\n")
-        ask_for = f"\n{BOLD}You:{PLAIN} " if self.color else "\nYou: "
-        while True:
-            try:
-                text = input(ask_for).strip()
-            except (EOFError, KeyboardInterrupt):
-                print()
-                return
-            if text in ("/quit", "/exit"):
-                return
-            if text == "/clear":
-                self.messages = []
-                self.note("(a new conversation)\n")
-            elif text.startswith("/") and " " not in text:
-                self.note(f"{HELP}\n")
-            elif text:
-                self.answer(text)
-
-    def answer(self, text: str) -> None:
-        """One turn of the loop: neither an interruption nor a message too long ends it."""
-        print("\nAssistant: ", end="", flush=True)
-        try:
-            self.ask(text)
-        except KeyboardInterrupt:
-            self.note(" [stopped]\n")
+            text = read()
+            if is_command(text):
+                outcome = run_command(chat, text)
+                if outcome.note:
+                    screen.note(outcome.note)
+                text = outcome.ask
+            else:
+                text = message_of(text)
+            if text:
+                print("\nAssistant: ", end="", flush=True)
+                answer(chat, screen, text)
         except UserError as e:
-            self.note(f"({e})\n")
+            screen.note(f"({e})")
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            return INTERRUPTED
+
+
+def start(args: Args) -> int:
+    """Loads the model, then answers one message or talks; returns the exit status."""
+    sampling = sampling_of(args)
+    question = "\n\n".join(part for part in (args.prompt, piped()) if part)
+    talks = not question and sys.stdin is not None and sys.stdin.isatty()
+    if not question and not talks:
+        raise UserError('nothing to answer: the standard input is empty; ask with -p "..."')
+    if talks and args.json:
+        raise UserError('--json gives one answer: ask with -p "...", or through a pipe')
+    with distributed.session(args.device_type, args.seed) as info:
+        model, tokenizer, meta = load_model(
+            args.source, info.device, model_tag=args.model_tag, step=args.step
+        )
+        model = make_ready(model, choose_precision(args.dtype, info.device).dtype, args.quantize)
+        engine = Engine(model, tokenizer, tools=args.tools)
+        chat = Chat(engine, tokenizer, sampling, model.config.sequence_len)
+        chat.system = args.system
+        if args.json:
+            return 0 if answer_as_json(chat, question) else INTERRUPTED
+        screen = Screen(args.tools)
+        if question:
+            return 0 if answer(chat, screen, question) else INTERRUPTED
+        screen.note(f"{args.source} {meta['tag']}, step {meta['step']}. /help lists the commands")
+        return talk(chat, screen, make_reader(get_base_dir() / "chat_history", COMMANDS))
 
 
 def main(args: Args) -> None:
-    """Loads the model, then answers --prompt or talks."""
-    with distributed.session(args.device_type, args.seed) as info:
-        model, tokenizer, _ = load_model(
-            args.source, info.device, model_tag=args.model_tag, step=args.step
-        )
-        engine = Engine(model, tokenizer)
-        chat = Chat(engine, tokenizer, model.config.sequence_len, args)
-        if args.prompt:
-            chat.ask(args.prompt)
-            return
-        if sys.stdin.isatty():
-            with suppress(ImportError):  # Windows has its own line editing
-                import readline  # noqa: F401  # arrow keys and history in input()
-        chat.loop()
+    """Ends the program as a shell expects it: quietly, with an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a test's
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an old code page
+    try:
+        status = start(args)
+    except UserError as e:
+        if not args.json:
+            raise
+        print(json.dumps({"error": str(e)}), flush=True)
+        status = 1
+    except BrokenPipeError:  # `| head`: nobody reads on, and nobody is to be told at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Compares two training runs: what is different about them, where each got to, wha
     python -m scripts.compare base/d6 somewhere/else/d6 --out=d6.png
 
 A run is named as stage/tag, or by its folder or log. Prints a table and draws loss and validation
-over steps, tokens and seconds. Runs that have not ended are compared as far as they are.
+over steps, tokens and seconds; all of it goes to a page like the report's, too. Runs that have not
+ended are compared as far as they are.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 import tyro
 
 from nanochat import flags
-from nanochat.common import atomic_write, get_base_dir
-from nanochat.report.compare import compare_text, load_run, plot_comparison
+from nanochat.common import get_base_dir
+from nanochat.report.compare import compare_text, load_run, write_comparison
 
 
 @dataclass
@@ -29,22 +30,15 @@ class Args:
     b: tyro.conf.Positional[str]
     """The other."""
     out: str | None = None
-    """The picture to write, with the text beside it as .md; default: into report/."""
+    """The picture to write, with the text beside it as .md and .html; default: into report/."""
 
 
 def main(args: Args) -> None:
     a, b = load_run(args.a), load_run(args.b)
     name = f"compare_{a.stage}_{a.tag}_{b.stage}_{b.tag}.png"
     out = Path(args.out) if args.out else get_base_dir() / "report" / name
-    text = compare_text(a, b)
-    print(text)
-    written = [out.with_suffix(".md")]
-    if plot_comparison(a, b, out):
-        written.append(out)
-        text += f"\n\n![{a.name} and {b.name}]({out.name})"
-    with atomic_write(written[0], "w") as f:
-        f.write(text + "\n")
-    print(f"\nwrote {' and '.join(map(str, written))}")
+    print(compare_text(a, b))
+    print(f"\nwrote {', '.join(map(str, write_comparison(a, b, out)))}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from typing import Annotated
 import tyro
 
 from nanochat import flags
-from nanochat.common import UserError
 from nanochat.hf_import import import_model
 
 
@@ -43,8 +42,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.max_seq_len < 1:
-        raise UserError(f"--max_seq_len={args.max_seq_len} must be at least 1")
     import_model(args.from_, args.model_tag, args.stage, args.tokenizer, args.max_seq_len)
 
 

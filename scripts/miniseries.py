@@ -24,9 +24,9 @@ from nanochat.checkpoint import LOG, run_dir
 from nanochat.common import UserError, get_base_dir, print0, write_json
 from nanochat.launch import command, launch, shown
 from nanochat.machine import machine_info, versions
-from nanochat.report.card import table
 from nanochat.report.runs import Run, read_run
 from nanochat.report.series import Point, draw_isoflop, draw_series, point_of
+from nanochat.report.tables import table
 from nanochat.scaling import Optimum, fit_exponent, fit_power_law, isoflop_optimum
 
 OURS = {

@@ -27,8 +27,8 @@ from nanochat.record import (
     first_start,
     repeat_command,
 )
-from nanochat.report.card import table
 from nanochat.report.runs import Row, read_run
+from nanochat.report.tables import table
 
 
 @dataclass

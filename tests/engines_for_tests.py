@@ -56,8 +56,13 @@ class ScriptedEngine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
+        sampling: Sampling | None = None,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        call = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+        call = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k}
+        if sampling is not None:
+            call = asdict(sampling)
+            max_tokens = sampling.max_tokens
+        call["seed"] = seed
         self.calls.append({"tokens": list(tokens), "num_samples": num_samples, **call})
         steps = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
         self._running += 1

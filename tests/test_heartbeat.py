@@ -123,7 +123,7 @@ def test_a_rank_that_failed_is_quoted(
 ) -> None:
     (error,) = errors(end_of_others(tmp_path, processes, "fails")[0])
     assert "rank 1 (" in error and "in step 7): ValueError: a row of 3 tokens" in error
-    assert "ValueError: a row of 3 tokens" in processes[1].communicate()[1]  # its own traceback
+    assert "ValueError: a row of 3 tokens" in processes[1].communicate()[1]  # by itself, too
 
 
 def test_a_rank_that_left_is_named(tmp_path: Path, processes: list[subprocess.Popen[str]]) -> None:

@@ -84,6 +84,7 @@ def test_tokens_per_second_are_all_tokens_of_a_step_by_its_time(own_base_dir: Pa
     seconds = second["seconds"] - first["seconds"]
     assert second["tokens_per_second"] == pytest.approx(64 / seconds)
     assert trainer.state.seconds == pytest.approx(second["seconds"])
+    assert 0.05 < first["memory_gib"] <= second["memory_gib"] < 100  # of this process, so far
 
 
 def test_mfu_is_of_the_peak_of_all_ranks() -> None:

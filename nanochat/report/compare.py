@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import numpy as np
 
 from nanochat.common import UserError
 from nanochat.record import find_log, first_start
-from nanochat.report.card import duration, show, table
-from nanochat.report.plot import COLOURS, frame, new_figure, save_figure, smoothed
+from nanochat.report.html import write_pages
+from nanochat.report.plot import COLOURS, Panel, limit, smoothed, thinned
 from nanochat.report.runs import Row, Run, read_run
+from nanochat.report.tables import duration, in_short, show, table
 
 AXES = ("steps", "tokens", "seconds")
 
@@ -108,17 +110,21 @@ def shared_measures(runs: tuple[Run, Run]) -> list[Measure]:
 # Text
 
 
-def compare_text(a: Run, b: Run) -> str:
-    """The comparison as Markdown: differences, results, and what either took to the other's end."""
+def compare_text(a: Run, b: Run, picture: str | None = None) -> str:
+    """The comparison as Markdown: results, what either took to the other's end, differences.
+    `picture`: the name of the curves', to stand among them."""
     runs, names = (a, b), labels(a, b)
-    different = list(differences(a.start, b.start))
-    lines = ["## What is different", ""]
-    lines += table(["", *names], different) if different else ["Nothing that decides a run.", ""]
-    lines += [f"- {warning}" for warning in warnings(a, b)]
-    lines += ["", "## Results", "", *table(["", *names], results(runs))]
+    lines = [f"# {' and '.join(names)}", "", "## Results", ""]
+    lines += [*table(["", *names], results(runs))]
     for measure in shared_measures(runs):
         lines.append("- " + _race(a, b, names, measure))
         lines.append("- " + _race(b, a, (names[1], names[0]), measure))
+    lines += ["", *(f"- {warning}" for warning in warnings(a, b))]
+    if picture is not None:
+        lines += ["", "## Curves", "", f"![curves of {' and '.join(names)}]({picture})"]
+    different = list(differences(a.start, b.start))
+    lines += ["", "## What is different", ""]
+    lines += table(["", *names], different) if different else ["Nothing that decides a run."]
     return "\n".join(lines)
 
 
@@ -221,39 +227,39 @@ def _whole(run: Run, measure: Measure, axis: str) -> float | None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Picture
+# Curves and pages
 
 
-def plot_comparison(a: Run, b: Run, out: Path) -> bool:
-    """Draws every shared measure over steps, tokens and seconds to the PNG file `out`; False, and
-    no file, if the runs share none."""
-    measures = shared_measures((a, b))
-    if not measures:
-        return False
-    figure = new_figure(4.2 * len(AXES), 3.2 * len(measures))
-    for row, measure in enumerate(measures):
-        for column, axis in enumerate(AXES):
-            axes = figure.add_subplot(len(measures), len(AXES), row * len(AXES) + column + 1)
-            for run, label, colour in zip((a, b), labels(a, b), (COLOURS["base"], COLOURS["rl"])):
-                x, y = curve(run, measure, axis)
-                style = "o-" if measure.kind == "evals" else "-"
-                axes.plot(x, y, style, color=colour, lw=1.6, ms=3, label=label)
-            axes.set_xlabel(axis, fontsize=9)
-            if column == 0:
-                axes.set_ylabel(measure.label, fontsize=9)
-            axes.grid(axis="y", color="#e6e2db", lw=0.8)
-            frame(axes, ("left", "bottom"))
-            _cut_top(axes, [curve(run, measure, "steps")[1] for run in (a, b)], measure)
-            if row == column == 0:
-                axes.legend(fontsize=8, frameon=False)
-    save_figure(figure, out)
-    return True
+def comparison_panels(a: Run, b: Run) -> list[Panel]:
+    """Every shared measure over steps, tokens and seconds."""
+    return [
+        Panel(
+            f"{measure.label.split(',')[0]} over {axis}",
+            partial(_draw, runs=(a, b), what=measure, axis=axis),
+        )
+        for measure in shared_measures((a, b))
+        for axis in AXES
+    ]
 
 
-def _cut_top(axes: Any, curves: list[list[float]], measure: Measure) -> None:
-    """Where a loss falls from that of no knowledge, the end of the curves is what is looked at:
-    the first tenth may leave the picture."""
-    rest = [v for y in curves for v in y[len(y) // 10 :] if math.isfinite(v)]
-    if measure.falls and len(rest) > 10 and max(rest) > min(rest):
-        margin = 0.05 * (max(rest) - min(rest))
-        axes.set_ylim(min(rest) - margin, max(rest) + margin)
+def _draw(axes: Any, runs: tuple[Run, Run], what: Measure, axis: str) -> None:
+    for run, label, colour in zip(runs, labels(*runs), (COLOURS["base"], COLOURS["rl"])):
+        x, y = curve(run, what, axis)
+        style = "o-" if what.kind == "evals" else "-"
+        axes.plot(*thinned(x, y), style, color=colour, lw=1.6, ms=3, label=label)
+    axes.xaxis.set_major_formatter(in_short)
+    axes.set_xlabel(axis)
+    # Where a loss falls from that of no knowledge, the end of the curves is what is looked at: the
+    # first tenth may leave the picture.
+    ends = [v for y in (curve(run, what, "steps")[1] for run in runs) for v in y[len(y) // 10 :]]
+    if what.falls and len(ends) > 10:
+        limit(axes, ends)
+
+
+def write_comparison(a: Run, b: Run, out: Path) -> list[Path]:
+    """Writes the text, as Markdown and as a page, and the curves, if the runs share a measure, all
+    under the name of the PNG file `out`; returns what was written."""
+    panels = comparison_panels(a, b)
+    text = compare_text(a, b, out.name if panels else None)
+    write_pages([text], panels, out.with_suffix(".md"), out.name, columns=len(AXES))
+    return [out.with_suffix(".md"), out.with_suffix(".html"), *([out] if panels else [])]

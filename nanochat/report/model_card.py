@@ -17,8 +17,9 @@ from typing import Any
 from nanochat.checkpoint import STAGE_FOLDERS, step_dir, weights_id
 from nanochat.hf import AUTO_MAP
 from nanochat.hf_export import keeps_tokenizer, puts_bos
-from nanochat.report.card import base_section, evaluation_section, table
 from nanochat.report.runs import Row, read_rows
+from nanochat.report.sections import base_section, evaluation_section
+from nanochat.report.tables import table
 from nanochat.tokenizer import Tokenizer
 
 HEADER = """\

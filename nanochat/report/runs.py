@@ -5,7 +5,8 @@ A run writes <stage>_checkpoints/<tag>/log.jsonl, one event a line:
 
     {"event": "start", "step", "args", "model", "num_params", "num_steps", "machine", "versions",
      "flops_per_token", "identity", "typed", "code", ...}    what nanochat/record.py describes
-    {"event": "step", "step", "loss", "lr_mul", "tokens_per_second", "mfu", "seconds", "tokens"}
+    {"event": "step", "step", "loss", "lr_mul", "tokens_per_second", "mfu", "seconds", "tokens",
+     "memory_gib"}                 the most this process (its GPU) has held so far
     {"event": "eval", "step", "val_bpb" or "val_loss" or "pass1", "pass1_stderr", ...}
     {"event": "rl", "step", "reward", "completion_tokens", "ended"}
     {"event": "sample", "step", "text"}
@@ -41,6 +42,7 @@ class Run:
     rl: dict[int, Row] = field(default_factory=dict)
     samples: dict[int, list[Row]] = field(default_factory=dict)
     end: Row | None = None
+    wall: float = 0.0  # seconds from the first row to the last, without those between two starts
 
     def series(self, kind: str, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one measurement: series("steps", "loss"), series("rl", "reward")."""
@@ -92,7 +94,12 @@ def read_run(path: Path, stage: str, tag: str) -> Run:
     """One run from its events. A resumed run appends to its file and repeats the steps after its
     checkpoint: its "start" erases what the file said of them."""
     run = Run(stage, tag)
+    before: float | None = None
     for row in read_rows(path):
+        now = _time(row)
+        if row.get("event") != "start" and before and now > before:
+            run.wall += now - before
+        before = now or before
         event, step = row.get("event"), row.get("step", 0)
         if not isinstance(step, int):
             continue

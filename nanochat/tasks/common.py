@@ -231,6 +231,8 @@ def load_rows(folders: Sequence[str], split: str, hub: Hub, file_names: Sequence
                 return read_rows(files)
     try:
         return Rows([(f"{hub.path} {hub.split}", _from_hub(hub), None)])
+    except ModuleNotFoundError:
+        raise  # of the library itself
     except Exception as e:  # the hub library raises dozens of kinds, all meaning: not to be had
         config = f" ({hub.config})" if hub.config else ""
         raise UserError(

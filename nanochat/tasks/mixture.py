@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,6 +98,16 @@ class TaskMixture(Task):
 
     def conversation(self, i: int) -> Conversation:
         return self.tasks[self.owners[i]][int(self._numbers[i])]
+
+    def shares(self, counts: np.ndarray) -> list[dict[str, Any]]:
+        """What each task gives: rows and epochs of them, its tokens in the packed rows, those that
+        are trained on. `counts` (conversations, 3): as describe() takes them."""
+        tokens = [counts[self.owners == i].sum(axis=0) for i in range(len(self.rows))]
+        return [
+            {"name": r.name, "rows": r.rows, "epochs": r.epochs, "tokens": int(t[1]),
+             "trained": int(t[2])}
+            for r, t in zip(self.rows, tokens)
+        ]  # fmt: skip
 
     def describe(self, counts: np.ndarray | None = None) -> str:
         """A table of the tasks, their rows, epochs and share of the conversations.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from nanochat import flags
 from nanochat.checkpoint import LOG, STAGE_FOLDERS
 from nanochat.common import UserError
 from nanochat.report.__main__ import Args, main
-from nanochat.report.card import duration, percent, show, table, write_report
+from nanochat.report.card import write_report
+from nanochat.report.tables import duration, literal, percent, show, table
 
 
 @pytest.fixture
@@ -80,14 +82,16 @@ def test_a_whole_run(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "- Machine: 2 x G, Some CPU, 2 cores" in lines
-    assert "- Versions: torch 9" in lines
-    assert "- Training time, all stages: 1m 31s" in lines
+    assert "| machine | 2 x G, Some CPU, 2 cores |" in lines
+    assert "| torch | 9 |" in lines
+    assert "| training time | 1m 31s |" in lines
+    assert "- **1.2500** bits per byte, validation" in lines
+    assert "- **40.0 ± 3.0** % of unseen problems solved (rl)" in lines
     base = "| base | d4 | 1,234,567 | 3 | 300 | 1m 1s | 5,000 | val_bpb 3.0000 -> 1.2500 |"
     assert base in lines
     assert base in [" ".join(line.split()) for line in shown.splitlines()]
     assert any("pass1 0.3000 ± 0.0200 -> 0.4000 ± 0.0300" in line for line in lines)
-    assert "| gsm8k | 100 | | 50.0 ± 5.0 | 60.0 ± 5.0 |" in lines
+    assert "| gsm8k | 100 | 0.0 | 50.0 ± 5.0 | 60.0 ± 5.0 |" in lines
     assert "| mmlu | 100 | 25.0 | | 80.0 ± 5.0 |" in lines
     assert "| replies that end by themselves | | | | 90.0 |" in lines
     assert "| vocab_size | 4,096 |" in lines and "| vocab_size | 1 |" not in lines
@@ -110,6 +114,82 @@ def test_a_run_that_has_only_begun(folder: Path) -> None:
     assert "0 of 3" in write_report(folder, folder / "report.md")
     assert not (folder / "loss.png").exists()
     assert "loss.png" not in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_nothing_but_a_tokenizer(folder: Path) -> None:
+    """The texts in lines, the tokenizers in columns, the last measurement of each."""
+    append(folder / "tok_train.jsonl", {"vocab_size": 4096, "max_chars": 10**9})
+    for text, ours in (("validation", 9.0), ("validation", 4.0), ("german", 2.0)):
+        for name, size in (("ours", ours), ("GPT-4", 4.5)):
+            row = {"text": text, "tokenizer": name, "bytes": 1000, "bytes_per_token": size}
+            append(folder / "tok_eval.jsonl", {**row, "chars_per_token": 1.5, "vocab": 512})
+    write_report(folder, folder / "report.md")
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "| text | bytes | ours | GPT-4 | characters, ours |" in lines
+    assert "| validation | 1,000 | 4.00 | 4.50 | 1.50 |" in lines
+    assert "| german | 1,000 | 2.00 | 4.50 | 1.50 |" in lines
+    assert "    python -m scripts.tok_train --max_chars=1000000000 --vocab_size=4096" in text
+    assert "## Curves" not in text and "## Stages" not in text
+    assert "4,096" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_it_cost(folder: Path) -> None:
+    """Two GPUs, for as long as the run held them: evaluations too, but no pause before a resume."""
+    start = {"event": "start", "step": 0, "machine": {"gpus": ["G", "G"]}, "world_size": 2}
+    append(
+        log_of(folder, "base"), {**start, "time": 1000.0},
+        {"event": "step", "step": 1, "loss": 1.0, "seconds": 900.0, "time": 2000.0},
+        {"event": "eval", "step": 1, "val_bpb": 1.0, "time": 2800.0},
+        {**start, "step": 1, "time": 90_000.0},
+        {"event": "step", "step": 2, "loss": 1.0, "seconds": 1800.0, "time": 91_800.0},
+    )  # fmt: skip
+    write_report(folder, folder / "report.md", gpu_hour_price=2.5)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "2 GPU-hours, $5.00 at $2.50 each" in text
+    assert "30m 0s, 1h 0m with evaluations and saving in between" in text
+    write_report(folder, folder / "report.md")
+    assert "--gpu_hour_price" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_data_shares_of_a_mixture(folder: Path) -> None:
+    training(folder, "mid", seconds=1.0)
+    shares = [{"name": "a", "rows": 10, "epochs": 2, "tokens": 300, "trained": 60},
+              {"name": "b", "rows": 5, "epochs": 1, "tokens": 100, "trained": 100}]  # fmt: skip
+    start = {"event": "start", "step": 3, "mixture": "a*2 | b", "shares": shares}
+    append(log_of(folder, "mid"), {**start, "args": {"mixture": "a*2 | b"}})
+    write_report(folder, folder / "report.md")
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "| a | 10 | 2 | 300 | 20.0 | 75.0 |" in lines
+    assert "| b | 5 | 1 | 100 | 100.0 | 25.0 |" in lines
+    assert "| data | mid: a, b |" in lines
+
+
+def test_the_commands_that_were_typed(folder: Path) -> None:
+    append(
+        log_of(folder, "base"),
+        {"event": "start", "step": 0, "typed": ["--depth=4", "--sample_prompts=A|B c"],
+         "world_size": 8, "nodes": 2, "versions": {"git": "abc123-dirty"},
+         "code": {"changes": "code-1.diff"}},
+    )  # fmt: skip
+    append(folder / "base_eval.jsonl", {"source": "base", "model_tag": "d4", "step": 0})
+    append(folder / "chat_eval.jsonl", task("base", 0.5))
+    append(folder.parent / STAGE_FOLDERS["base"] / "d2" / LOG, {"event": "start", "step": 0})
+    write_report(folder, folder / "report.md", "d4")
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "    git checkout abc123\n    git apply base_checkpoints/d4/code-1.diff\n" in text
+    code = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    words = shlex.split("\n".join(code).replace("\\\n", " "))
+    at = words.index("torchrun")
+    assert words[at + 1 : at + 5] == [
+        *("--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=FIRST_NODE:29400"),
+        "--nproc_per_node=4",
+    ]
+    assert "--sample_prompts=A|B c" in words
+    assert "python -m scripts.base_eval --model_tag=d4" in code
+    assert "python -m scripts.chat_eval -i base -g d4 -a gsm8k" in code
+    assert "`python -m scripts.compare base/d4 base/d2`" in text
 
 
 def test_evaluations_alone_make_a_report(folder: Path) -> None:
@@ -140,6 +220,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out = tmp_path / "else" / "card.md"
     main(flags.parse(Args, [f"--out={out}", "--model-tag=d4"]))
     assert out.exists() and out.with_name("loss.png").exists()
+    assert "<svg" in out.with_suffix(".html").read_text(encoding="utf-8")
     assert "1,234,567" in capsys.readouterr().out
 
 
@@ -155,6 +236,7 @@ def test_importing_does_not_load_the_plotting_library() -> None:
     [
         (None, ""), (True, "yes"), (1234567, "1,234,567"), (0.123456, "0.1235"), (0.0, "0"),
         (12345.6, "12,346"), (float("nan"), "nan"), ("a|b\nc", "a\\|b c"), ([1], "[1]"),
+        ("a*2|b", "`a*2\\|b`"), ("<b>", "`<b>`"), (literal("x"), "`x`"),
     ],
 )  # fmt: skip
 def test_show(value: Any, text: str) -> None:

@@ -14,11 +14,12 @@ from nanochat.common import UserError
 from nanochat.report.compare import (
     MEASURES,
     compare_text,
+    comparison_panels,
     curve,
     load_run,
-    plot_comparison,
     reached,
     shared_measures,
+    write_comparison,
 )
 from scripts.compare import Args, main
 
@@ -107,6 +108,8 @@ def test_one_command_prints_and_draws(
     main(flags.parse(Args, [a, str(run_dir("base", "b"))]))
     picture = own_base_dir / "report" / "compare_base_a_base_b.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
+    page = picture.with_suffix(".html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 6 and "What is different" in page  # two measures over three axes
     said = capsys.readouterr().out
     text = picture.with_suffix(".md").read_text(encoding="utf-8")
     assert "## Results" in text and text.splitlines()[0] in said and str(picture) in said
@@ -121,7 +124,11 @@ def test_runs_without_a_measure_in_common_have_no_picture(tmp_path: Path) -> Non
     rl.evals, rl.rl = {}, {3: {"reward": 0.5}}
     base = load_run(write_run("a", [4.0, 2.0]))
     assert shared_measures((rl, base)) == []
-    assert not plot_comparison(rl, base, tmp_path / "none.png")
+    assert not comparison_panels(rl, base)
+    assert write_comparison(rl, base, tmp_path / "none.png") == [
+        *(tmp_path / name for name in ("none.md", "none.html"))
+    ]
+    assert not (tmp_path / "none.png").exists()
     assert "different stages" in compare_text(rl, base)
 
 

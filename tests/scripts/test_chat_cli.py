@@ -1,184 +1,321 @@
-"""chat_cli: one answer, a conversation, what happens when it is interrupted or grows too long."""
+"""chat_cli: one answer, through a pipe and as JSON; and a conversation on a terminal."""
 
 from __future__ import annotations
 
-import builtins
+import json
+import os
+import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanochat import flags
-from nanochat.common import UserError
+from nanochat.common import get_base_dir
 from scripts import chat_cli
-from scripts.chat_cli import Args, Chat
-from tests.engines_for_tests import ScriptedEngine, script_of
-from tests.models_for_tests import tiny_model
-from tests.tokenizers_for_tests import tiny_tokenizer
+from scripts.chat_cli import Args
+from tests.conftest import REPO
+from tests.engines_for_tests import ScriptedEngine
+from tests.scripts.checkpoints_for_tests import save_tiny
+from tests.terminals_for_tests import Terminal
 
-TOKENIZER = tiny_tokenizer()
-TOOL_REPLY = [
-    {"type": "text", "text": "It is "},
-    {"type": "python", "text": "27+15"},
-    {"type": "python_output", "text": "42"},
-    {"type": "text", "text": "42."},
-]
+# The chat with an engine that repeats what it heard (see there)
+ECHO = "from tests.scripts.chat_for_tests import main; main()"
 
 
-def chat_with(*replies: Any, context: int = 512, **args: Any) -> tuple[Chat, ScriptedEngine]:
-    engine = ScriptedEngine(*(script_of(TOKENIZER, reply) for reply in replies))
-    return Chat(engine, TOKENIZER, context, Args(**args)), engine
-
-
-def decoded(engine: ScriptedEngine, call: int) -> str:
-    return TOKENIZER.decode(engine.calls[call]["tokens"])
+def run_chat(*argv: str) -> int:
+    """chat_cli in this process; returns the exit status."""
+    try:
+        flags.run(chat_cli.main, Args, ["--device_type=cpu", *argv])
+    except SystemExit as e:
+        assert isinstance(e.code, int)
+        return e.code
+    return 0
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lines for input() to return, then the end of input; an exception type is raised instead."""
-
-    def feed(*lines: Any) -> None:
-        waiting = list(lines)
-
-        def answer(prompt: str = "") -> str:
-            line = waiting.pop(0) if waiting else EOFError
-            if isinstance(line, str):
-                return line
-            raise line
-
-        monkeypatch.setattr(builtins, "input", answer)
-
-    return feed
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base directory with a random model."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    save_tiny(tmp_path, "sft")
+    return tmp_path
 
 
-def test_a_reply_is_shown_with_what_was_calculated(capsys: pytest.CaptureFixture[str]) -> None:
-    chat, _ = chat_with(TOOL_REPLY)
-    chat.ask("What is 27 + 15?")
-    assert capsys.readouterr().out == "It is [calculator: 27+15 = 42] 42.\n"
-    assert chat.messages[-1] == {"role": "assistant", "content": TOOL_REPLY}
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
+    """Gives this process a pipe as its standard input, with these bytes in it."""
+    with ExitStack() as opened:
+
+        def fill(content: bytes) -> None:
+            read, write = os.pipe()
+            os.write(write, content)
+            os.close(write)
+            monkeypatch.setattr(sys, "stdin", opened.enter_context(open(read, encoding="utf-8")))
+
+        yield fill
 
 
-def test_a_call_without_a_result_is_shown_too(capsys: pytest.CaptureFixture[str]) -> None:
-    chat, _ = chat_with([{"type": "python", "text": "1/0"}, {"type": "text", "text": "Hm."}])
-    chat.ask("x")
-    assert capsys.readouterr().out == "[1/0]Hm.\n"
+@pytest.fixture
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the program asks, instead of a reply of the model."""
+    asked: list[str] = []
+
+    def answer(chat: Any, screen: Any, text: str) -> bool:
+        asked.append(text)
+        return True
+
+    monkeypatch.setattr(chat_cli, "answer", answer)
+    return asked
 
 
-def test_the_flags_reach_the_engine_and_a_cut_is_mentioned(
-    capsys: pytest.CaptureFixture[str],
+# ---- one answer
+
+
+def test_one_answer_is_printed_and_the_seed_decides(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args: dict[str, Any] = {"temperature": 0.1, "top_k": 0, "max_new_tokens": 2, "seed": 5}
-    chat, engine = chat_with("The harbour town of Selby", **args)
-    chat.ask("Where?")
+    said = []
+    for seed in (1, 1, 2):
+        assert run_chat("-p", "Hello", "-m", "20", f"--seed={seed}") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_a_pipe_is_one_message(
+    tiny: Path, pipe: Callable[[bytes], None], questions: list[str]
+) -> None:
+    pipe("one\ntwö\n".encode())
+    assert run_chat() == 0
+    pipe(b"\xef\xbb\xbfthe text\n\nof a file\n")
+    assert run_chat("-p", "Summarise:") == 0
+    assert questions == ["one\ntwö", "Summarise:\n\nthe text\n\nof a file"]
+
+
+def test_a_file_as_input_is_read_too(
+    tiny: Path, questions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny / "question").write_text("What?", encoding="utf-8")
+    with open(tiny / "question", encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert run_chat() == 0
+    with open(os.devnull, encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert run_chat("-p", "And?") == 0
+    assert questions == ["What?", "And?"]
+
+
+def test_no_question_is_an_error_and_text_must_be_text(
+    tiny: Path, pipe: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(b" \n")
+    assert run_chat() == 1
+    assert 'ask with -p "..."' in capsys.readouterr().err
+    pipe(b"\xff\xfe")
+    assert run_chat() == 1
+    assert "not UTF-8 text" in capsys.readouterr().err
+
+
+def test_json_tells_all_about_a_reply(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_chat("-p", "Hello", "--json", "-m", "5", "--stop=never written") == 0
+    line = capsys.readouterr().out
+    assert line.endswith("}\n") and line.count("\n") == 1 and line.isascii()
+    row = json.loads(line)
+    assert row["text"] == "".join(p["text"] for p in row["parts"] if p["type"] == "text")
+    assert row["tokens"] == 5 and row["reason"] == "length" and row["dropped_messages"] == 0
+    assert 0 < row["first_token_seconds"] <= row["seconds"] and row["tokens_per_second"] > 0
+    names = ["text", "parts", "tokens", "seconds", "first_token_seconds", "tokens_per_second"]
+    assert list(row) == [*names, "reason", "dropped_messages"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["-g", "nope"], "no sft checkpoint with --model_tag=nope"),
+        (["-m", "0"], "--max_new_tokens=0 must be at least 1"),
+        (["--top_p=0"], "--top_p=0.0 must be above 0"),
+        (["-p", "harbour " * 200], "the model's context is 128"),
+        (["-p", ""], "nothing to answer"),
+    ],
+)
+def test_an_error_is_json_where_json_was_asked_for(
+    tiny: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_chat("-p", "Hello", *argv, "--json") == 1
+    shown = capsys.readouterr()
+    assert said in json.loads(shown.out)["error"] and shown.err == ""
+    assert run_chat("-p", "Hello", *argv) == 1
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.out == ""
+
+
+def test_the_flags_reach_the_engine(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = ScriptedEngine([(1, 1)])
+    made: dict[str, Any] = {}
+
+    def make(model: Any, tokenizer: Any, **how: Any) -> ScriptedEngine:
+        made.update(how)
+        return engine
+
+    monkeypatch.setattr(chat_cli, "Engine", make)
+    argv = ["-t", "0.5", "-k", "0", "-m", "9", "--top_p=0.9", "--min_p=0.1", "--seed=5"]
+    argv += ["--repetition_penalty=1.2", "--stop=A", "--stop", "B", "--tools=none"]
+    assert run_chat("-i", "sft", "-g", "tiny", "-s", "7", "-p", "Hi", "--system=Rhyme", *argv) == 0
     call = engine.calls[0]
-    assert (call["temperature"], call["top_k"], call["max_tokens"]) == (0.1, None, 2)
-    assert call["seed"] == 5
-    assert "[cut: --max_new_tokens" in capsys.readouterr().out
+    wanted = {"temperature": 0.5, "top_k": None, "max_tokens": 9, "top_p": 0.9, "min_p": 0.1,
+              "seed": 5, "repetition_penalty": 1.2, "stop": ("A", "B")}  # fmt: skip
+    assert {name: call[name] for name in wanted} == wanted
+    assert made == {"tools": "none"}
+    tokenizer = chat_cli.load_model("sft", "cpu")[1]
+    assert "Rhyme" in tokenizer.decode(call["tokens"])
 
 
-def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    chat, _ = chat_with("a\x1b[2Jb\tc\nd")
-    chat.ask("x")
-    assert capsys.readouterr().out == "a\ufffd[2Jb\tc\nd\n"
-
-
-def test_the_loop_keeps_the_history_until_clear(
-    typed: Callable[..., None], capsys: pytest.CaptureFixture[str]
+def test_json_tells_what_ctrl_c_left(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed("Hello", "", "Again", "/clear", "/what", "Last", "/quit", "never asked")
-    chat, engine = chat_with("One.", "Two.", "Three.")
-    chat.loop()
-    assert len(engine.calls) == 3
-    assert "Hello" in decoded(engine, 1) and "One." in decoded(engine, 1)
-    assert "Hello" not in decoded(engine, 2)
-    out = capsys.readouterr().out
-    assert "a new conversation" in out and out.count("/quit") == 2  # at the start, and for /what
+    class Interrupted(chat_cli.Engine):
+        def generate(self, *args: Any, **kwargs: Any) -> Iterator[tuple[list[int], list[int]]]:
+            for i, step in enumerate(super().generate(*args, **kwargs)):
+                if i == 3:
+                    raise KeyboardInterrupt
+                yield step
+
+    monkeypatch.setattr(chat_cli, "Engine", Interrupted)
+    assert run_chat("-p", "Hello", "--json") == 130
+    row = json.loads(capsys.readouterr().out)
+    assert (row["tokens"], row["reason"]) == (3, "cancelled")
 
 
-@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
-def test_the_loop_ends_cleanly(typed: Callable[..., None], end: type[BaseException]) -> None:
-    typed("Hello", end)
-    chat, engine = chat_with("One.")
-    chat.loop()
-    assert len(engine.calls) == 1
+def test_the_program_itself_speaks_json_and_only_that(tiny: Path) -> None:
+    command = [sys.executable, "-m", "scripts.chat_cli", "--json", "--device_type=cpu", "-m", "3"]
+    done = subprocess.run(
+        command, cwd=REPO, input="Hello\nyou", capture_output=True, encoding="utf-8", check=True
+    )
+    assert json.loads(done.stdout)["tokens"] == 3
+    assert done.stderr == ""
 
 
-def test_ctrl_c_stops_the_reply_and_not_the_conversation(
-    typed: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    typed("Hello", "Again")
-    chat, engine = chat_with("The harbour town of Selby", "Two.")
-    whole = engine.generate
-
-    def interrupted(*args: Any, **kwargs: Any) -> Iterator[tuple[list[int], list[int]]]:
-        for i, step in enumerate(whole(*args, **kwargs)):
-            if i == 2 and len(engine.calls) == 1:
-                raise KeyboardInterrupt
-            yield step
-
-    engine.generate = interrupted  # type: ignore[method-assign]
-    chat.loop()
-    out = capsys.readouterr().out
-    assert "[stopped]" in out and "Two." in out
-    said = TOKENIZER.decode([id for id, _ in script_of(TOKENIZER, "The harbour town of Selby")][:2])
-    assert chat.messages[1]["content"] == [{"type": "text", "text": said}]
+def test_a_reader_that_leaves_is_no_error(tiny: Path) -> None:
+    command = [sys.executable, "-c", ECHO, "-p", "go on for ever"]
+    process = subprocess.Popen(
+        command, cwd=REPO, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(2) == b"1."
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=120) == 1
 
 
-def test_the_oldest_turns_go_when_the_context_is_full(capsys: pytest.CaptureFixture[str]) -> None:
-    chat, engine = chat_with("harbour " * 5, context=128, max_new_tokens=32)
-    for i in range(8):
-        chat.ask(f"Question {i}: what is the capital of France?")
-    out = capsys.readouterr().out
-    assert "forgot the 1 oldest exchange)" in out
-    assert "exchanges)" not in out  # what is forgotten is not forgotten again
-    assert all(len(call["tokens"]) + call["max_tokens"] <= 128 for call in engine.calls)
-    assert "Question 7" in decoded(engine, 7) and "Question 6" in decoded(engine, 7)
-    assert "Question 0" not in decoded(engine, 7)
-    assert [m["role"] for m in chat.messages[:2]] == ["user", "assistant"]
+def test_ctrl_c_during_one_answer(tiny: Path) -> None:
+    with Terminal(ECHO, "-p", "go on for ever", "-m", "100000") as terminal:
+        terminal.wait_for("1. 'go on for ever'")
+        terminal.type("\x03")
+        terminal.wait_for("[stopped]")
+        assert terminal.ended() == 130
 
 
-def test_a_message_that_cannot_fit_is_refused_and_forgotten(
-    typed: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    typed("harbour " * 200, "Hello")
-    chat, engine = chat_with("One.", context=64)
-    chat.loop()
-    assert "context is 64" in capsys.readouterr().out
-    assert len(engine.calls) == 1 and len(chat.messages) == 2
-    with pytest.raises(UserError, match="context is 64"):
-        chat.ask("harbour " * 200)
+# ---- a conversation on a terminal
 
 
-def test_an_empty_reply_is_not_remembered() -> None:
-    chat, engine = chat_with("One.")
-    engine.scripts = [[(TOKENIZER.encode_special("<|assistant_end|>"), 1)]]
-    chat.ask("Hello")
-    assert chat.messages == []
+def test_a_conversation(tiny: Path) -> None:
+    with Terminal(ECHO) as terminal:
+        terminal.wait_for("sft echo, step 3. /help lists the commands")
+        ask(terminal, "Hello\r", "1. 'Hello'")
+        speed = terminal.wait_for(" s)\n")
+        assert "tokens, " in speed and "a second, the first after" in speed
+
+        # Several lines in one message
+        ask(terminal, "with\x1b\ralt\r", r"2. 'with\nalt'")
+        ask(terminal, "with\\\ra slash\r", r"3. 'with\na slash'")
+        ask(terminal, '"""\r/help\r\r  me\\\r"""\r', r"4. '/help\n\n  me\\'")
+        ask(terminal, "\x1b[200~one\ntwo\n\x1b[201~\r", r"5. 'one\ntwo'")
+        ask(terminal, "//help is a command\r", "6. '/help is a command'")
+
+        # A reply that is stopped was said as far as it went; what was typed before it comes back
+        ask(terminal, "go on for ever\r", "7. 'go on for ever' and and")
+        terminal.type("\x03")
+        terminal.wait_for("[stopped]")
+        ask(terminal, "\x1b[A\x1b[A\x1b[D\x1b[Dn\r", "8. '/help is a commannd'")
+
+        # Commands
+        terminal.wait_for("You:")
+        terminal.type("/cle\t")
+        terminal.wait_for("/clear")
+        terminal.type("\r")
+        terminal.wait_for("(a new conversation)")
+        ask(terminal, "/temp 0\r", "(temperature 0.0)")
+        ask(terminal, "/help\r", "/load FILE")
+        ask(terminal, "/nothing\r", "there is no command /nothing")
+
+        # Ctrl-C clears what is typed, on an empty line it ends the program
+        terminal.wait_for("You:")
+        terminal.type("half a quest")
+        terminal.wait_for("quest")
+        terminal.type("\x03")
+        ask(terminal, "Last\r", "1. 'Last'", prompt=False)
+        terminal.wait_for("You:")
+        terminal.type("\x03")
+        assert terminal.ended() == 130
+    assert "Traceback" not in terminal.shown
 
 
-def test_short_and_long_flags() -> None:
+def ask(terminal: Terminal, keys: str, reply: str, prompt: bool = True) -> None:
+    """Types keys at the prompt and waits for the reply."""
+    if prompt:
+        terminal.wait_for("You:")
+    terminal.type(keys)
+    terminal.wait_for(reply)
+
+
+def test_history_outlives_the_program_and_is_private(tiny: Path) -> None:
+    with Terminal(ECHO) as terminal:
+        ask(terminal, "the first one\r", "1. 'the first one'")
+        ask(terminal, "the second\r", "2. 'the second'")
+        terminal.wait_for("You:")
+        terminal.type("\x04")
+        assert terminal.ended() == 0
+    file = get_base_dir() / "chat_history"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o644)  # as another program may have left it
+    with Terminal(ECHO) as terminal:
+        terminal.wait_for("You:")
+        terminal.type("\x12first")
+        terminal.wait_for("the first one")
+        terminal.type("\r")
+        terminal.type("\r")
+        terminal.wait_for("1. 'the first one'")
+        ask(terminal, "/quit\r", "/quit")
+        assert terminal.ended() == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_dumb_terminal_is_read_by_lines(tiny: Path) -> None:
+    with Terminal(ECHO, TERM="dumb") as terminal:
+        ask(terminal, "Hello\n", "1. 'Hello'")
+        ask(terminal, "a\\\nb\n", r"2. 'a\nb'")
+        ask(terminal, '"""\nc\\\nd"""\n', r"3. 'c\\\nd'")
+        ask(terminal, "go on for ever\n", "4. 'go on for ever' and and")
+        terminal.type("\x03")
+        terminal.wait_for("[stopped]")
+        ask(terminal, "more\\\n", "... ")
+        terminal.type("\x03")
+        ask(terminal, "no\n", "5. 'no'")  # what was begun is forgotten
+        terminal.wait_for("You:")
+        terminal.type("\x04")
+        assert terminal.ended() == 0
+    assert "\x1b" not in terminal.shown
+
+
+def test_flags_of_old_parse() -> None:
     argv = ["-i", "rl", "-g", "d20", "-s", "7", "-t", "0.5", "-k", "3", "-m", "9", "-p", "hi"]
-    argv += ["--device_type", "cpu", "--seed=1"]
-    assert flags.parse(Args, argv) == Args("cpu", "rl", "d20", 7, 0.5, 3, 9, "hi", 1)
+    args = flags.parse(Args, [*argv, "--device_type", "cpu", "--seed=1"])
+    assert (args.source, args.model_tag, args.step, args.prompt) == ("rl", "d20", 7, "hi")
+    assert (args.temperature, args.top_k, args.max_new_tokens, args.seed) == (0.5, 3, 9, 1)
     long = "--source rl --model-tag d20 --step 7 --temperature 0.5 --top_k 3"
     assert flags.parse(Args, long.split()).top_k == 3
-
-
-def test_one_shot_with_a_real_engine(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tiny_model("gpt", vocab_size=TOKENIZER.get_vocab_size(), sequence_len=64)
-    asked: dict[str, Any] = {}
-
-    def load(source: str, device: Any, **which: Any) -> tuple[Any, Any, dict[str, Any]]:
-        asked.update(which, source=source)
-        return model, TOKENIZER, {"tag": "d1", "step": 3}
-
-    monkeypatch.setattr(chat_cli, "load_model", load)
-    outputs = []
-    for _ in range(2):
-        chat_cli.main(Args("cpu", source="mid", step=3, prompt="Hello", max_new_tokens=20))
-        outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1]  # the seed decides
-    assert asked == {"source": "mid", "model_tag": None, "step": 3}

@@ -110,7 +110,7 @@ def test_the_report_shows_them(base: Path, monkeypatch: pytest.MonkeyPatch) -> N
     row = rows(base)["hindi", "ours"]
     found = next(line for line in text.splitlines() if line.startswith("| hindi"))
     assert [c.strip() for c in found.split("|")[2:5]] == [
-        *("ours", f"{row['bytes_per_token']:.4g}", f"{row['chars_per_token']:.4g}")
+        *(f"{row['bytes']:,}", f"{row['bytes_per_token']:.2f}", f"{row['chars_per_token']:.2f}")
     ]
 
 

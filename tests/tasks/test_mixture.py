@@ -73,6 +73,10 @@ def test_shares_of_tokens_and_what_is_lost(data: Path) -> None:
     assert lines[1] == ["aa", "10", "1", "71.4%", "100", "57.1%", "50%", "0", "0"]
     assert lines[2] == ["bb", "4", "1", "28.6%", "75", "42.9%", "80%", "3", "1"]
     assert lines[3] == ["all", "14", "175", "100.0%", "63%", "3", "1"]
+    assert mixture.shares(counts) == [
+        {"name": "aa", "rows": 10, "epochs": 1, "tokens": 100, "trained": 50},
+        {"name": "bb", "rows": 4, "epochs": 1, "tokens": 75, "trained": 60},
+    ]
 
 
 def test_own_rows_join_a_mixture_or_are_all_of_it(data: Path) -> None:

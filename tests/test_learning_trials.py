@@ -1,0 +1,79 @@
+"""bench/learning_trials.py: each change changes what it says, and only differences are believed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import learning_trials as bench
+from nanochat import flags
+from nanochat.models import TurboConfig, build_model
+from scripts import base_train
+
+CONFIG = TurboConfig(64, 96, n_layer=5, n_head=2, n_kv_head=2, n_embd=64, window=8)
+
+
+def built(trial: str) -> Any:
+    with ExitStack() as stack:
+        bench.TRIALS[trial].change(stack)
+        model = build_model(CONFIG, seed=1)
+        model.trained = {id(p) for ps in model.param_groups().values() for p in ps}  # type: ignore[attr-defined]
+        model.logits_of = model(torch.arange(64)[None] % 96)  # type: ignore[attr-defined]
+    return model
+
+
+def test_a_part_that_is_taken_away_is_away_and_not_trained() -> None:
+    whole = built("base")
+    assert id(whole.backout_scale) in whole.trained and whole.backout_scale != 0
+    without = built("no backout")
+    assert id(without.backout_scale) not in without.trained and without.backout_scale == 0
+    assert not built("no value embeddings").value_embeds and whole.value_embeds
+    assert [b.attn.window for b in built("no windows").h] == [None] * 5
+    assert [b.attn.window for b in whole.h].count(8) == 3
+
+
+def test_every_change_is_undone_and_every_trial_parses() -> None:
+    before = built("base").logits_of
+    for name, trial in bench.TRIALS.items():
+        built(name)
+        _, words = bench.command(trial, name, 0, Path("data"))
+        args = flags.parse(base_train.Args, words)
+        tokens = args.num_iterations * args.total_batch_size
+        assert tokens == bench.TOKENS or name == "batch ramp"
+    assert torch.equal(built("base").logits_of, before)
+
+
+def test_the_ramp_takes_the_same_rows_in_larger_steps() -> None:
+    class Loader:
+        def step(self, number: int) -> list[Any]:
+            return [bench.MicroBatch(torch.tensor([number]), torch.tensor([number]))]
+
+    with ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(
+            bench.StepLoader, "step", Loader.step
+        )
+        bench.batch_ramp(2, 3)(stack)
+        take: Any = bench.StepLoader.step
+        taken = [[int(b.idx) for b in take(Loader(), s)] for s in range(4)]
+    assert taken == [[0], [1], [2, 3, 4], [5, 6, 7]]
+
+
+def test_a_difference_is_believed_beyond_twice_its_error() -> None:
+    def runs(*finals: float) -> list[dict[str, Any]]:
+        return [{"seed": i, "final": final} for i, final in enumerate(finals)]
+
+    rows = [
+        {"trial": "base", "what": "", "runs": runs(2.0, 2.1, 2.2)},
+        {"trial": "worse", "what": "", "runs": runs(2.02, 2.121, 2.219)},
+        {"trial": "tie", "what": "", "runs": runs(2.02, 2.08, 2.21)},
+        {"trial": "once", "what": "", "runs": runs(1.9)},
+    ]
+    found = {row["trial"]: row for row in bench.compared(rows)}
+    assert found["worse"]["difference"] == pytest.approx(0.02)
+    assert [bench.verdict(found[n]) for n in ("base", "worse", "tie", "once")] == [
+        "", "worse", "tie", "one seed",
+    ]  # fmt: skip
