@@ -344,7 +344,7 @@ def check_manifest(folder: Path) -> None:
     problem = find_damage(folder, FILES)
     if problem is None:
         return
-    offer = "no earlier whole one is there"
+    offer = "no earlier whole one is there: copy it again, or train it again"
     for step in reversed(_steps_in(folder.parent)):
         if step < _number(folder) and not find_damage(folder.with_name(step_name(step)), FILES):
             offer = f"an earlier one is whole: --step={step} (training: --resume_from_step={step})"

@@ -84,7 +84,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except ValueError as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from e
+        raise UserError(f"{path} is not valid JSON: {e}. Write it again with what made it") from e
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
@@ -103,7 +103,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
         except UnicodeDecodeError as e:
             raise UserError(f"{path}: after line {number} it is not UTF-8 text: {e}") from e
         except ValueError as e:
-            raise UserError(f"{path}:{number}: not valid JSON: {e}") from e
+            raise UserError(
+                f"{path}:{number}: not valid JSON: {e}. Mend that line, or delete it"
+            ) from e
         except OSError as e:
             raise UserError(f"{path} cannot be unpacked: {e}") from e
 

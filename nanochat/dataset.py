@@ -287,7 +287,9 @@ def _read_jsonl_texts(path: Path) -> Iterator[str]:
             found = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"{row!r:.80}"
             if isinstance(row, dict) and "text" in row:
                 found = f"{row['text']!r:.80}"
-            raise UserError(f"{path}:{number}: no string field `text`; found {found}")
+            raise UserError(
+                f"{path}:{number}: no string field `text`; found {found}. Give the text that name"
+            )
         yield row["text"]
 
 
