@@ -55,7 +55,7 @@ FATES: dict[str, list[tuple[str, int, str, int, list[int] | None]]] = {
         ("evaluation", 0, "before", INT, [0]),
         ("step", 1, "after", KILL, [0]),
         ("resuming", 0, "after", KILL, [0]),
-        ("log", 4, "after", TERM, [0, 2]),
+        ("log", 5, "after", TERM, [0, 2]),
         ("answers", 0, "before", TERM, [0, 2]),  # to tasks, due at step 2: broken off
         ("answers", 0, "after", KILL, [0, 2]),
     ],
