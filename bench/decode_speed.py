@@ -253,7 +253,8 @@ def main(args: Args) -> None:
         for arch in (ARCHITECTURES if args.quality_steps else ())
     ]
     if args.out:
-        about = {"args": vars(args), "threads": torch.get_num_threads()}
+        asked = {k: v for k, v in vars(args).items() if k != "out"}
+        about = {"args": asked, "threads": torch.get_num_threads()}
         write_json(args.out, {**about, "rows": rows, "int8": quality, **surroundings(load)})
         print0(f"wrote {args.out}")
 

@@ -239,7 +239,7 @@ def main(args: Args) -> None:
     if args.out:
         result = {
             **surroundings(),
-            "asked": asdict(args),
+            "asked": {k: v for k, v in asdict(args).items() if k != "out"},
             "published": published,
             "measured": measured,
         }
