@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -123,7 +124,8 @@ def typed(args: Any) -> list[str] | None:
 def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | None = None) -> None:
     """Parses the command line and calls main(args). Whatever it raises ends as one readable
     message and a status that is not 0: see errors.py, and rank_log.py for several ranks, of which
-    the one that fails first is heard, also if it fails alone (a file missing on one node)."""
+    the one that fails first is heard, also if it fails alone (a file missing on one node). A class
+    with an attribute `errors_as_json` (no field) gets {"error": ...} where --json was typed."""
     debug = DEBUG in (sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us: what is said goes nowhere
@@ -139,7 +141,11 @@ def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | Non
     except Exception as e:
         closed = isinstance(e, BrokenPipeError) and errors.drop_closed_output()
         error = UserError("what read the output has ended (as `| head` does)") if closed else e
-        if not rank_log.report(error):
+        words = sys.argv[1:] if argv is None else argv
+        known = errors.explain(error)  # a bug is told in full
+        if known and "--json" in words and hasattr(args_class, "errors_as_json"):
+            print(json.dumps({"error": str(known)}), flush=True)
+        elif not rank_log.report(error):
             rank = int(os.environ.get("RANK", "0"))
             print(errors.words(error, debug, rank or None), file=sys.stderr, flush=True)
         sys.exit(1)

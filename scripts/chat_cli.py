@@ -41,6 +41,8 @@ INTERRUPTED = 130  # exit status of what Ctrl-C ended
 class Args(TerminalFlags):
     """Talks to a trained model in the terminal."""
 
+    errors_as_json = True  # what flags.run does with --json, also before main is reached
+
 
 def answer(chat: Chat, screen: Screen, text: str) -> bool:
     """Prints the reply to `text` while it is made; False if Ctrl-C stopped it."""
@@ -132,11 +134,6 @@ def main(args: Args) -> None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # an old code page
     try:
         status = start(args)
-    except UserError as e:
-        if not args.json:
-            raise
-        print(json.dumps({"error": str(e)}), flush=True)
-        status = 1
     except BrokenPipeError:  # `| head`: nobody reads on, and nobody is to be told at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1

@@ -135,6 +135,7 @@ def test_json_tells_all_about_a_reply(tiny: Path, capsys: pytest.CaptureFixture[
     ("argv", "said"),
     [
         (["-g", "nope"], "no sft checkpoint with --model_tag=nope"),
+        (["-m", "0"], "--max_new_tokens=0 must be at least 1"),
         (["--top_p=0"], "--top_p=0.0 must be above 0"),
         (["-p", "harbour " * 200], "the model's context is 128"),
         (["-p", ""], "nothing to answer"),
