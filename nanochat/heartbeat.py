@@ -80,6 +80,11 @@ class Heartbeat:
 
     def start(self) -> None:
         """Begins to beat and to watch, when all ranks have made theirs."""
+        self._census = True  # who is beside the store cannot be asked once that is gone
+        self._look()
+        self._census = False
+        beside = [rank for rank, (beat, _) in self.seen.items() if beat.near][:1]
+        self.seen = {rank: self.seen[rank] for rank in beside}  # whom else we do not watch
         for loop in (self._beat, self._judge):
             thread = threading.Thread(target=loop, name=f"heartbeat {loop.__name__}", daemon=True)
             thread.start()
@@ -129,11 +134,13 @@ class Heartbeat:
         self.store.set(self._key(self.rank), json.dumps(asdict(self.own)))
 
     def _look(self) -> None:
-        """Reads the next rank's beat, past those that have ended, or in a census all of them."""
+        """Reads the next rank's beat, past those that have ended, and that of one beside the store;
+        in a census all of them."""
         others = [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
         if not self._census:
             running = (r for r in others if r not in self.seen or not self.seen[r][0].state)
-            others = [*running][:1]
+            beside = [r for r, (beat, _) in self.seen.items() if beat.near][:1]
+            others = sorted({*[*running][:1], *beside})
         now = time.monotonic()
         texts = self.store.multi_get([*map(self._key, others)]) if others else []
         for rank, text in zip(others, texts):

@@ -304,7 +304,7 @@ def test_a_dumb_terminal_is_read_by_lines(tiny: Path) -> None:
         terminal.type("\x03")
         terminal.wait_for("[stopped]")
         ask(terminal, "more\\\n", "... ")
-        terminal.type("\x03")
+        terminal.interrupt()
         ask(terminal, "no\n", "5. 'no'")  # what was begun is forgotten
         terminal.wait_for("You:")
         terminal.type("\x04")
