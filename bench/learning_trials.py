@@ -166,6 +166,16 @@ TRIALS = {
         ["--embedding_lr=0.2", "--unembedding_lr=0.0053", "--matrix_lr=0.0133",
          "--scalar_lr=0.067"],
     ),
+    "batch 1024": Trial(
+        "1,024 tokens a step", ["--total_batch_size=1024", "--num_iterations=400"]
+    ),
+    "batch 4096": Trial(
+        "4,096 tokens a step", ["--total_batch_size=4096", "--num_iterations=100"]
+    ),
+    "head x 2": Trial("the head's rate x 2", ["--unembedding_lr=0.016"]),
+    "warmup 10": Trial("warmup of 10 steps, not 40", ["--warmup_steps=10"]),
+    "warmup 80": Trial("warmup of 80 steps", ["--warmup_steps=80"]),
+    "scalars 0.5": Trial("the scalars' rate 0.5, not 0.1", ["--scalar_lr=0.5"]),
     "gpt": Trial("the GPT with the same training", ["--arch=gpt"]),
 }  # fmt: skip
 
