@@ -24,17 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.common import UserError
-from nanochat.communication import (
-    Bucket,
-    CutMatrices,
-    Matrices,
-    Owned,
-    Ranks,
-    Sharded,
-    ShardedMatrices,
-    pays_to_cut,
-)
+from nanochat.communication import Bucket, Owned, Ranks, Sharded
 from nanochat.distributed import local, shard_group
+from nanochat.matrices import CutMatrices, Matrices, ShardedMatrices, pays_to_cut
 from nanochat.schedule import width_lr_scale
 from nanochat.updates import (
     adamw_update,

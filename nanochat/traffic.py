@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from nanochat.cluster import Cluster
-from nanochat.communication import PretendRanks, pays_to_cut
+from nanochat.communication import PretendRanks
+from nanochat.matrices import pays_to_cut
 from nanochat.models import Config, build_model
 from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.recompute import blocks_of
@@ -88,7 +89,7 @@ class Together:
         return sum(shape.numel() for shape in self.shapes)
 
     def is_cut(self, ranks: int) -> bool:
-        """Whether matrices are cut into stretches (communication.CutMatrices)."""
+        """Whether matrices are cut into stretches (matrices.CutMatrices)."""
         return self.kind == "muon" and ranks > 1 and pays_to_cut(len(self.shapes), ranks)
 
     def most(self, ranks: int) -> int:
@@ -207,7 +208,7 @@ def _of_shards(work: Work, shard: str, cluster: Cluster) -> Iterator[Transfer]:
 
 
 def _of_matrices(number: int, one: Together, ranks: int) -> Iterator[Transfer]:
-    """From those that hold parts of each to its owner, and back (communication.Matrices)."""
+    """From those that hold parts of each to its owner, and back (matrices.Matrices)."""
     size = FLOAT32 * one.numel
     yield Transfer("matrices to owners", "all_to_all", 1, size, ranks, "update", bucket=number)
     yield Transfer("matrices to parts", "all_to_all", 1, size, ranks, "spread", bucket=number)
@@ -223,7 +224,7 @@ class StepTime:
 
     passes: float  # forward and backward, over all micro-batches of a rank
     exposed: float  # what is sent during the passes, as far as they do not hide it
-    reduce: float  # gradients to those that update, and the counts, as far as updates do not hide it
+    reduce: float  # gradients to those that update, and counts, as far as updates do not hide it
     update: float  # the optimizer on the rank that has the most to do
     spread: float  # what is sent during the update and after it, as far as it is not hidden
 

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from nanochat.common import UserError
-from nanochat.communication import CutMatrices, Owned, PretendRanks, Ranks
+from nanochat.communication import Owned, PretendRanks, Ranks
 from nanochat.distributed import local, shard_rows
+from nanochat.matrices import CutMatrices
 from nanochat.optim import MuonAdamW, ParamGroup, make_buckets, refuse_divergence
 from tests.ranks_for_tests import as_ranks
 from tests.test_optim import MATRICES, OTHERS, both_kinds, parameters, random, set_gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +21,13 @@ from nanochat.communication import PretendRanks
 from nanochat.dataloader import MicroBatch
 from nanochat.distributed import DistInfo
 from nanochat.flags import TrainFlags
-from nanochat.models import build_model
+from nanochat.models import build_model, make_config
 from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.shard import build_sharded, init_sharded, shard_size
 from nanochat.step import TrainStep
 from nanochat.traffic import (
+    FLOAT32,
     StepTime,
-    Together,
     Transfer,
     Work,
     muon_flops,
@@ -130,7 +131,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predicted(arch: str, shard: str, cluster: Cluster) -> tuple[Counter[str], Counter[str]]:
-    work = Work.of(TINY[arch], cluster.gpus * 32, 2)
+    work = Work.of(TINY[arch], cluster.gpus * 32, 2, FLOAT32)  # as ranks on CPUs
     calls: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for transfer in transfers(work, shard, cluster):
@@ -174,6 +175,64 @@ def test_predicted_bytes_of_more_ranks_than_a_test_can_start(arch: str, shard: s
     heard_sizes.pop("all_to_all", 0)  # a rank's part of it differs
     sizes.pop("all_to_all", 0)
     assert heard_sizes == sizes
+
+
+class Counting(PretendRanks):
+    """Ranks that count what they are asked for; sizes of whole tensors, in bytes."""
+
+    def count(self, op: str, size: int) -> Any:
+        SIZES[op] += size
+        return SimpleNamespace(wait=lambda: None)
+
+    def all_reduce(self, tensor: Tensor) -> Any:
+        return self.count("all_reduce", tensor.nbytes)
+
+    def reduce_scatter(self, mine: Tensor, all_of_it: Tensor) -> Any:
+        assert mine.nbytes * self.size == all_of_it.nbytes
+        return self.count("reduce_scatter", all_of_it.nbytes)
+
+    def all_gather(self, all_of_it: Tensor, mine: Tensor) -> Any:
+        assert mine.nbytes * self.size == all_of_it.nbytes
+        return self.count("all_gather", all_of_it.nbytes)
+
+    def all_to_all(self, received: Tensor, sent: Tensor, *sizes: Any) -> Any:
+        return self.count("all_to_all", sent.nbytes)
+
+
+SIZES: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8, 64, 512])
+def test_zero_pads_little_at_any_number_of_ranks(ranks: int) -> None:
+    """A d20, whose matrices are 80 of one shape and 20 each of two others: what the first, a middle
+    and the last rank send, against what there is to send."""
+    config = make_config("gpt", 20, 65_536, 2048)[0]
+    model = build_model(config, "meta")
+    groups = make_optimizer(model, 0.1, 0.1, 0.1).groups
+    numbers = sum(p.numel() for p in model.parameters())
+    work = Work.of(config, 1024, 1)
+    expected: Counter[str] = Counter()
+    for t in transfers(work, "zero", Cluster(H100, min(ranks, 8), -(-ranks // 8))):
+        expected[t.op] += t.size
+    exchanged = 0
+    for rank in {0, ranks // 2, ranks - 1} if ranks > 3 else range(ranks):
+        SIZES.clear()
+        optimizer = MuonAdamW(groups, "zero", Counting(rank, ranks))
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step(1.0)
+        if ranks == 1:
+            assert not SIZES and not expected
+            return
+        for op in ("reduce_scatter", "all_gather"):
+            assert SIZES[op] == expected[op]
+            assert FLOAT32 * numbers <= SIZES[op] < 1.26 * FLOAT32 * numbers, op
+        assert SIZES["all_reduce"] == FLOAT32  # the norm
+        exchanged = max(exchanged, SIZES["all_to_all"])
+    # Its parts of all that are cut; and back, whole, what it owns: here at most one of a shape
+    largest = sum(FLOAT32 * one.shapes[0].numel() for one in work.together if one.is_cut(ranks))
+    assert (exchanged > 0) == (largest > 0) == (ranks > 8)
+    assert exchanged <= expected["all_to_all"] / 2 / ranks + largest
 
 
 # ---- formulas
@@ -244,12 +303,8 @@ def test_more_ranks_make_the_update_no_shorter_than_one_matrix() -> None:
         for ranks in (1, 2, 8, 64, 512)
     ]
     assert times == sorted(times, reverse=True) and times[0] > 2 * times[2]
-    alone = [
-        Together(one.kind, one.shapes[:1]).update_seconds(1, False, Cluster(H100), 0.5)
-        for one in work.together
-        if one.kind == "muon"
-    ]
-    assert sum(alone) < times[-1] < 1.1 * sum(alone)
+    flops = sum(muon_flops(one.shapes[0]) for one in work.together if one.kind == "muon")
+    assert 1 < times[-1] / (flops / (H100.peak * 0.5)) < 1.5
 
 
 def test_a_step_on_one_gpu_is_its_passes_and_its_update() -> None:
