@@ -31,7 +31,7 @@ from nanochat.common import write_json
 from nanochat.machine import machine_info
 from nanochat.models import Config, GPTConfig, QwenConfig, TurboConfig
 from nanochat.plan import Planner, Setup
-from nanochat.traffic import BFLOAT16, FLOAT32, Together, Work, step_time, transfers
+from nanochat.traffic import FLOAT32, HALF, Together, Work, step_time, transfers
 
 RESULT = Path(__file__).resolve().parent / "results" / "scale.json"
 
@@ -74,7 +74,7 @@ class Published:
         if self.family == "nanochat":
             return work
         shapes = [shape for one in work.together for shape in one.shapes]
-        return replace(work, together=[Together("adamw", shapes)], outside=BFLOAT16)
+        return replace(work, together=[Together("adamw", shapes)], outside=HALF)
 
     def predicted(self, share: float) -> float:
         """Tokens a second on each GPU, if its passes reach that share of its peak."""

@@ -31,7 +31,7 @@ from nanochat.recipe import settle_horizon
 from nanochat.schedule import grad_accum_steps
 from nanochat.shards import LAST_SHARD, SHARD_BYTES, SHARD_CHARS
 from nanochat.tokenizer import get_tokenizer
-from nanochat.traffic import BFLOAT16, FLOAT32, StepTime, Work, step_time, transfers
+from nanochat.traffic import FLOAT32, HALF, StepTime, Work, step_time, transfers
 
 CHARS_PER_TOKEN = 4.8  # of the default data set, with 65,536 tokens of its own
 PRICE = 3.0  # dollars for a GPU and hour: about what 8 H100 are let for
@@ -305,7 +305,7 @@ def make_budget(
     if (chosen := memory[shard]) is not None:
         length = run.config.sequence_len
         micro = grad_accum_steps(run.tokens_per_step, chosen.batch, length, cluster.gpus)
-        gathered = BFLOAT16 if args.dtype in ("auto", "bfloat16") else FLOAT32  # as shard.build_for
+        gathered = FLOAT32 if args.dtype == "float32" else HALF
         work = Work.of(run.config, run.tokens_per_step, micro, gathered, args.grad_clip > 0)
         step = step_time(work, shard, cluster, share.value)
         sent = sum(transfer.sent() for transfer in transfers(work, shard, cluster))

@@ -8,9 +8,10 @@ computes, and are given up after it; its gradients are summed to the ranks that 
 are fast, and every node has a copy, so that only gradients cross the network between them; each
 node then takes the optimizer's step by itself, on its own copy of the state.
 
-Shares are float32, as are the sums of gradients. Where products are computed in bfloat16, a block's
-weights are rounded before they travel instead of after it, which halves what is sent and makes the
-same products. Embedding and head travel in float32: their gradients are sums over many tokens.
+Shares are float32, as are the sums of gradients over ranks and micro-batches. Where products are
+computed in bfloat16 (or float16), a block's weights are rounded before they travel instead of after
+it, which halves what is sent and leaves the products what they are. Embedding and head travel in
+float32: what is looked up is not rounded, nor are sums over all tokens.
 
     model = build_sharded(config, info, "fsdp")      # no values yet: load_weights or init_sharded
     init_sharded(model, seed)                        # the values that one process would draw
@@ -109,9 +110,8 @@ def _build(
     with torch.device("meta"):
         model = ARCHITECTURES[arch_of(config)][0](config)
     recompute(model, mode)
-    # float16 would overflow where autocast's casts, which scaling watches over, do not
     rounded = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if dtype == torch.bfloat16 else None,
+        param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the residual stream stays float32, as in one process
     )

@@ -31,7 +31,7 @@ Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 Phase = Literal["forward", "backward", "reduce", "update", "spread"]
 
 FLOAT32 = 4  # bytes: weights, gradients and optimizer state, and what is sent of them
-BFLOAT16 = 2  # bytes: what FSDP sends of a block's weights on GPUs (shard.py)
+HALF = 2  # bytes: bfloat16 or float16, in which FSDP sends a block's weights on GPUs (shard.py)
 # Bytes that a fused update moves for each entry: it reads weight, gradient and moments, and writes
 # weight and moments, in float32. NorMuon's moment of a neuron is no entry.
 MUON_BYTES, ADAMW_BYTES = 5 * FLOAT32, 7 * FLOAT32
@@ -128,7 +128,7 @@ class Work:
     flops_per_token: int
     tokens: int  # of the step, over all ranks
     micro_batches: int  # on each rank
-    gathered: int = BFLOAT16  # bytes of an entry of a block's weight that FSDP gathers
+    gathered: int = HALF  # bytes of an entry of a block's weight that FSDP gathers
     outside: int = FLOAT32  # the same of what is in no block
     clipped: bool = True  # no update begins before all gradients are there (optim.py)
 
@@ -138,7 +138,7 @@ class Work:
         config: Config,
         tokens: int,
         micro_batches: int,
-        gathered: int = BFLOAT16,
+        gathered: int = HALF,
         clipped: bool = True,
     ) -> Work:
         model = build_model(config, "meta")

@@ -23,10 +23,12 @@ from nanochat.distributed import DistInfo
 from nanochat.flags import TrainFlags
 from nanochat.models import build_model, make_config
 from nanochat.optim import MuonAdamW, make_optimizer
+from nanochat.precision import Precision
 from nanochat.shard import build_sharded, init_sharded, shard_size
 from nanochat.step import TrainStep
 from nanochat.traffic import (
     FLOAT32,
+    HALF,
     StepTime,
     Transfer,
     Work,
@@ -86,11 +88,14 @@ def worker(rank: int, folder: str) -> None:
         torch.save(heard, f"{folder}/heard{ranks}.{rank}")
 
 
-def listen(arch: str, shard: str, rank: int, ranks: int) -> tuple[dict[str, int], dict[str, int]]:
+def listen(
+    arch: str, shard: str, rank: int, ranks: int, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, int], dict[str, int]]:
     """(calls, bytes) by collective of the second step of a run with two micro-batches."""
     info = DistInfo(rank, rank, ranks, torch.device("cpu"))
     if shard in ("fsdp", "hsdp"):
-        model = build_sharded(TINY[arch], info, shard_size(shard, ranks, HSDP))
+        size = shard_size(shard, ranks, HSDP)
+        model = build_sharded(TINY[arch], info, size, dtype=dtype)
         init_sharded(model, 0)
     else:
         model = tiny_model(arch)
@@ -98,6 +103,7 @@ def listen(arch: str, shard: str, rank: int, ranks: int) -> tuple[dict[str, int]
     args = TrainFlags(compile="off")
     step = TrainStep(args, info, model, optimizer, 2, None)
     step.equal_batches = True  # as in pretraining
+    step.precision = Precision(info.device, dtype, "for this test")
     for number in (1, 2):
         ids = torch.randint(0, TINY[arch].vocab_size, (2, 1, ROW))
         batches = [MicroBatch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in ids]
@@ -130,8 +136,10 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def predicted(arch: str, shard: str, cluster: Cluster) -> tuple[Counter[str], Counter[str]]:
-    work = Work.of(TINY[arch], cluster.gpus * 32, 2, FLOAT32)  # as ranks on CPUs
+def predicted(
+    arch: str, shard: str, cluster: Cluster, gathered: int = FLOAT32
+) -> tuple[Counter[str], Counter[str]]:
+    work = Work.of(TINY[arch], cluster.gpus * 32, 2, gathered)
     calls: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for transfer in transfers(work, shard, cluster):
@@ -159,18 +167,26 @@ def test_predicted_bytes_are_those_that_ranks_send(
 
 
 @pytest.mark.parametrize("arch", TINY)
-@pytest.mark.parametrize("shard", ["zero", "fsdp", "hsdp"])
-def test_predicted_bytes_of_more_ranks_than_a_test_can_start(arch: str, shard: str) -> None:
+@pytest.mark.parametrize(
+    ("shard", "dtype", "entry"),
+    [("zero", torch.float32, FLOAT32), ("fsdp", torch.float32, FLOAT32),
+     ("hsdp", torch.float32, FLOAT32), ("fsdp", torch.bfloat16, HALF)],
+)  # fmt: skip
+def test_predicted_bytes_of_more_ranks_than_a_test_can_start(
+    arch: str, shard: str, dtype: torch.dtype, entry: int
+) -> None:
     """Rank 1 of 8 in two copies or four nodes; what it asks for is heard, and goes nowhere."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=8)
     try:
-        heard_calls, heard_sizes = listen(arch, shard, 1, 8)
+        # oneDNN's products in bfloat16 are an illegal instruction on some CPUs
+        with torch.backends.mkldnn.flags(enabled=dtype == torch.float32):
+            heard_calls, heard_sizes = listen(arch, shard, 1, 8, dtype)
     finally:
         dist.destroy_process_group()
     cluster = Cluster(H100, per_node=HSDP, nodes=8 // HSDP)
-    calls, sizes = predicted(arch, shard, cluster)
+    calls, sizes = predicted(arch, shard, cluster, entry)
     assert heard_calls == calls
     heard_sizes.pop("all_to_all", 0)  # a rank's part of it differs
     sizes.pop("all_to_all", 0)
