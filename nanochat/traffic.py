@@ -63,6 +63,18 @@ class Transfer:
             return self.size / self.ranks * share
         return self.size * share * (2 if self.op == "all_reduce" else 1)
 
+    def leaves_node(self, cluster: Cluster) -> float:
+        """Bytes that leave each node. A ring of all ranks does so once, with what a rank sends;
+        rings of one rank of each node leave it once for each of its ranks."""
+        if self.across:
+            return cluster.per_node * self.sent()
+        if self.ranks <= cluster.per_node:
+            return 0.0
+        if self.op == "all_to_all":
+            others = (self.ranks - cluster.per_node) / self.ranks
+            return cluster.per_node * self.size / self.ranks * others
+        return self.sent()
+
     def seconds(self, cluster: Cluster) -> float:
         """alpha + beta model (the same paper, section 3): latency of each call, and bytes over
         bandwidth. Calls queue behind each other."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,6 +292,32 @@ def test_seconds_by_hand() -> None:
     )
 
 
+def test_bytes_that_leave_a_node() -> None:
+    """As docs/many_machines.md has them: P parameters, K nodes."""
+    nodes, config = 4, make_config("qwen2.5-7b", 0, 151_665, 2048)[0]
+    cluster = Cluster(H100, 8, nodes)
+    params = sum(p.numel() for p in build_model(config, "meta").parameters())
+    for micro in (1, 3):
+        work = Work.of(config, 1024, micro)
+        gone = {
+            shard: sum(
+                t.leaves_node(cluster)
+                for t in transfers(work, shard, cluster)
+                if t.op != "all_to_all"
+            )
+            / params
+            for shard in ("zero", "fsdp", "hsdp")
+        }
+        assert gone["zero"] == pytest.approx(8, rel=0.1)
+        assert gone["fsdp"] == pytest.approx(8 * micro, rel=0.1)
+        assert gone["hsdp"] == pytest.approx(8 * (nodes - 1) / nodes, rel=0.01)
+    inside = Transfer("x", "all_gather", 1, 800, 8, "reduce")
+    assert inside.leaves_node(cluster) == 0
+    # 8 ranks that each send 100 bytes, of which three quarters are for the other three nodes
+    exchange = Transfer("x", "all_to_all", 1, 3200, 32, "update")
+    assert exchange.leaves_node(cluster) == 8 * 100 * 3 / 4
+
+
 @pytest.mark.parametrize("shape", [(48, 48), (32, 128), (128, 32)])
 def test_muons_flops_are_those_that_pytorch_counts(shape: tuple[int, int]) -> None:
     with FlopCounterMode(display=False) as counter:
@@ -321,6 +348,19 @@ def test_more_ranks_make_the_update_no_shorter_than_one_matrix() -> None:
     assert times == sorted(times, reverse=True) and times[0] > 2 * times[2]
     flops = sum(muon_flops(one.shapes[0]) for one in work.together if one.kind == "muon")
     assert 1 < times[-1] / (flops / (H100.peak * 0.5)) < 1.5
+
+
+def test_without_clipping_updates_hide_behind_what_is_still_to_come() -> None:
+    """Where the network takes the time, buckets come one after the other, each is updated
+    meanwhile, and only the last update is left; and the way back need not wait for the first."""
+    work = Work.of(make_config("gpt", 20, 65_536, 2048)[0], 2**19, 1)
+    cluster = Cluster(H100, 4, 2, network=1e9)
+    clipped = step_time(work, "zero", cluster, 0.5)
+    free = step_time(replace(work, clipped=False), "zero", cluster, 0.5)
+    assert (free.passes, free.update) == (clipped.passes, clipped.update)
+    first, *_, last = (one.update_seconds(8, False, cluster, 0.5) for one in work.together)
+    assert free.reduce + free.update == pytest.approx(clipped.reduce + last)
+    assert clipped.total - free.total == pytest.approx(first) and first > 0
 
 
 def test_a_step_on_one_gpu_is_its_passes_and_its_update() -> None:
