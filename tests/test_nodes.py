@@ -76,7 +76,7 @@ def test_two_hosts_train_as_one_process_does(two: Cluster, base: Path, tmp_path:
         *BASE_FLAGS, "--model_tag=two", f"--token_cache_dir={cache}", "--save_every=3",
         "--device_batch_size=1",
     ]  # fmt: skip
-    run = Run(two.hosts, "base_train", argv, tmp_path, ranks=2)
+    run = Run(two.hosts, "base_train", argv, tmp_path)
     assert run.wait() == [0, 0], run.everything()
     assert list_steps("base", "two") == [3, 6]
     assert pins_path().exists()
@@ -138,28 +138,16 @@ def test_hosts_vanish_and_the_others_go_on_while_they_can_meet(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fate", ["stopped", "cut off"])
-def test_a_rank_that_is_missing_is_named_in_time(
-    two: Cluster, base: Path, tmp_path: Path, fate: str
-) -> None:
-    tag = fate.replace(" ", "_")
-    argv = [*BASE_FLAGS, *FOREVER, f"--model_tag={tag}", f"--rank_timeout={TIMEOUT}"]
+def test_a_rank_that_is_stuck_is_named_in_time(two: Cluster, base: Path, tmp_path: Path) -> None:
+    argv = [*BASE_FLAGS, *FOREVER, "--model_tag=stopped", f"--rank_timeout={TIMEOUT}"]
     run = Run(two.hosts, "base_train", argv, tmp_path)
-    run.until(lambda: steps_taken(tag) > 2, "some steps")
+    run.until(lambda: steps_taken("stopped") > 2, "some steps")
     begun, b = time.monotonic(), two.hosts[1]
-    if fate == "stopped":
-        os.kill(b.pids("scripts.base_train")[-1], signal.SIGSTOP)  # the agent is older
-    else:
-        b.cut()
-        # torchrun itself, on a host that is cut off, still tries to reach the others' for minutes.
-        run.until(lambda: errors(run.said("b")) != [], "the end of rank 1")
+    os.kill(b.pids("scripts.base_train")[-1], signal.SIGSTOP)  # the agent is older
     assert run.wait("a") != [0], run.everything()
     took = time.monotonic() - begun
     assert took < BOUND, f"{took:.0f} s\n{run.everything()}"
     (error,) = errors(run.said("a"))
     assert re.search(r"rank 1 \(host b, pid \d+, in step \d+\), last seen \d+ s ago", error)
     assert "with --resume" in error
-    if fate == "cut off":
-        (error,) = errors(run.said("b"))
-        assert re.search(r"no answer for \d+ s from 10\.77\.0\.1:\d+.*\(host a, pid", error)
     assert not re.search(r"^\[rank\d+\]: ", run.everything(), re.M)  # a traceback
