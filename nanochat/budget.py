@@ -269,6 +269,7 @@ class Budget:
             "memory_limit": memory_limit(self.cluster),
             "memory": {k: m and asdict(m) | {"total": m.total} for k, m in self.memory.items()},
             "shard": self.shard,
+            "gb_a_gpu": self.chosen_memory and self.chosen_memory.total / 1e9,
             "share_of_peak": asdict(self.share),
             "step_seconds": step and asdict(step) | {"total": step.total},
             "bytes_sent_per_step": self.sent,

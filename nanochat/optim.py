@@ -323,7 +323,7 @@ def _muon_dtype(like: Tensor) -> torch.dtype:
 
 
 def refuse_divergence(norm: float, step: int) -> None:
-    """UserError if the norm that a step returned is not finite; that step has moved nothing."""
+    """UserError if the norm that a step returned is not finite: its weights are not to be kept."""
     if not math.isfinite(norm):
         raise UserError(
             f"the gradient of step {step} has norm {norm}; lower --matrix_lr, "
