@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -163,10 +163,10 @@ def remember_plans() -> None:
 
     memory, found = Planner.memory, dict[Any, Any]()
 
-    def remembered(planner: Any, *args: Any, **kwargs: Any) -> Any:
+    def remembered(planner: Any, batch: int, mode: Any = "none", length: int | None = None) -> Any:
         if planner.config not in found:
-            found[planner.config] = memory(planner, *args, **kwargs)
-        return found[planner.config]
+            found[planner.config] = memory(planner, batch, mode, length)
+        return replace(found[planner.config], batch=batch, mode=mode)
 
     Planner.memory = remembered  # type: ignore[method-assign]
 

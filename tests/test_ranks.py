@@ -110,8 +110,9 @@ RESUMED = {change: resumed(*change) for change in CHANGES}
 # Runs of other kinds, alone and on several ranks: (stage, ranks, flags)
 KINDS = {
     "lora": ("mid", 3, ["--lora_rank=4", "--lora_lr=0.01"]),
-    "few": ("rl", 4, ["--examples_per_step=2", "--inner_steps=2", "--clip=0.2"]),
-}
+    "few": ("rl", 4, ["--examples_per_step=2", f"--inner_steps={STEPS}", f"--save_every={STEPS}",
+                      "--clip=0.2"]),
+}  # fmt: skip
 OTHERS = {
     kind: [make(f"{kind}{n}", stage, "gpt", n, 1, flags) for n in (1, ranks)]
     for kind, (stage, ranks, flags) in KINDS.items()
