@@ -13,7 +13,8 @@ row as a task of its own making: the text before the answer, the options, the ri
 
 Compared are, row by row: the tokens and where the answer begins in them, the log-likelihood of
 every option and whether it is what greedy decoding would write; and from these lm-eval's acc,
-acc_norm and perplexity, and CORE's prediction.
+acc_norm and perplexity, and CORE's prediction. PIQA is asked besides in the words of lm-eval's own
+task (bench/lm_eval_piqa.py); where the bundle lacks it, rows of ours stand in for it.
 
 Three things must be set for the numbers to be the same: lm-eval's add_bos_token, since every text
 begins with <|bos|> in training; max_length one less than the context, since lm-eval keeps one
@@ -41,6 +42,8 @@ from typing import Any, NamedTuple
 from bench import surroundings
 from bench.bpe_common import RESULTS
 from bench.lm_eval_chat import chat_disagreement, measure_chat
+from bench.lm_eval_piqa import NAME as PIQA
+from bench.lm_eval_piqa import compare_piqa, piqa_task, write_piqa
 from bench.lm_eval_rows import document, pairs_of, probes_of, recut, write_task
 from nanochat import flags
 from nanochat.checkpoint import load_model
@@ -243,9 +246,19 @@ def disagreement(row: dict[str, Any]) -> str:
         for key in sorted(set(ours) & set(theirs))
         if not math.isclose(ours[key], theirs[key], rel_tol=CLOSE)
     ]
-    if row["core"]["ours"] != row["core"]["lm_eval"]:
-        wrong.append(f"CORE's accuracy {row['core']}")
+    core = row.get("core")  # not where lm-eval's words are its own
+    if core and core["ours"] != core["lm_eval"]:
+        wrong.append(f"CORE's accuracy {core}")
     return ", ".join(wrong)
+
+
+def all_disagreements(model: dict[str, Any]) -> list[str]:
+    """What differs on all that a model was asked."""
+    found = {f"{row['task']} {row['shots']} shots": disagreement(row) for row in model["tasks"]}
+    found["chat"] = chat_disagreement(model["chat"], CLOSE)
+    if "piqa" in model:
+        found[PIQA] = disagreement(model["piqa"])
+    return [f"{model['arch']} {name}: {wrong}" for name, wrong in found.items() if wrong]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,11 +334,14 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
                 write_task(peer, name, test.task.kind, documents)
                 names.append(name)
     used = [names for names in calls if names]
+    piqa = next((t for t in tests if t.task.path.parent == folder and t.task.num_fewshot == 0), None)
+    own = [write_piqa(peer, piqa.indices)] if piqa else []
+    used += [[PIQA]] if piqa else []
 
     def ask(**spec: Any) -> dict[str, Any]:
         return ask_lm_eval(args, max_length=model.config.sequence_len - 1, **spec)
 
-    theirs = ask(folder=peer, model=folder / arch, calls=used, chat=False)
+    theirs = ask(folder=peer, model=folder / arch, calls=used, chat=False, own=own)
     rows = []
     for test in tests:
         rows.append(compare(test, theirs["tasks"], model, tokenizer))
@@ -338,7 +354,12 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
     (peer / "chat").mkdir()
     chat = measure_chat(peer / "chat", chat_items[: 5 * args.items], model, tokenizer, ask)
     print0(f"{arch} chat: max diff {chat['max_diff']:.1e}  {chat_disagreement(chat, CLOSE)}")
-    return {"arch": arch, "peer_versions": theirs["versions"], "tasks": rows, "chat": chat}
+    result = {"arch": arch, "peer_versions": theirs["versions"], "tasks": rows, "chat": chat}
+    if piqa:
+        ours = [our_row(model, tokenizer, pairs_of(row.document)) for row in piqa.rows]
+        result["piqa"] = compare_piqa(ours, metrics_of(piqa, ours), theirs["tasks"][PIQA])
+        print0(f"{arch} {PIQA}: {disagreement(result['piqa'])}")
+    return result
 
 
 def ask_lm_eval(args: Args, folder: Path, **spec: Any) -> dict[str, Any]:
@@ -351,31 +372,28 @@ def ask_lm_eval(args: Args, folder: Path, **spec: Any) -> dict[str, Any]:
     return read_json(folder / "found.json")
 
 
+def chosen_tasks(args: Args, tasks: list[CoreTask]) -> list[CoreTask]:
+    """Those of --tasks."""
+    names = args.tasks.split("|") if args.tasks else [task.label for task in tasks]
+    unknown = set(names) - {task.label for task in tasks}
+    if unknown:
+        raise UserError(f"--tasks: the bundle has no {', '.join(sorted(unknown))}")
+    return [task for task in tasks if task.label in names]
+
+
 def main(args: Args) -> None:
     """Compares on both architectures, and ends in an error where the two disagree."""
     load_before = os.getloadavg()[0]
-    tasks = read_bundle(Path(args.bundle or get_base_dir() / "eval_bundle"))
-    if args.tasks:
-        unknown = set(args.tasks.split("|")) - {task.label for task in tasks}
-        if unknown:
-            raise UserError(f"--tasks: the bundle has no {', '.join(sorted(unknown))}")
-        tasks = [task for task in tasks if task.label in args.tasks.split("|")]
+    bundle = read_bundle(Path(args.bundle or get_base_dir() / "eval_bundle"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(args.base_dir or name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        if all(task.label != "piqa" for task in bundle):
+            bundle.append(piqa_task(folder))
+        tasks = chosen_tasks(args, bundle)
         write_texts(tasks, args.items, folder)
         models = [measure(arch, args, tasks, folder) for arch in ARCHS]
-    wrong = [
-        f"{model['arch']} {row['task']} {row['shots']} shots: {disagreement(row)}"
-        for model in models
-        for row in model["tasks"]
-        if disagreement(row)
-    ]
-    wrong += [
-        f"{model['arch']} chat: {chat_disagreement(model['chat'], CLOSE)}"
-        for model in models
-        if chat_disagreement(model["chat"], CLOSE)
-    ]
+    wrong = [text for model in models for text in all_disagreements(model)]
     result = {
         "settings": {"rows": args.items, "steps": args.steps, "tasks": [t.label for t in tasks]},
         "max_diff": max(row["max_diff"] for model in models for row in model["tasks"]),

@@ -33,6 +33,8 @@ def main(spec: dict) -> None:
         add_bos_token=True,
         max_length=spec["max_length"],
     )
+    for own in spec.get("own", []):
+        borrow(folder, **own)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     out: dict = {"tasks": {}}
     # A call for each list: in one call lm-eval 0.4.13 takes two requests of the same tokens, cut at
@@ -53,6 +55,19 @@ def main(spec: dict) -> None:
     packages = ("lm_eval", "transformers", "tokenizers", "torch", "datasets")
     out["versions"] = {name: importlib.metadata.version(name) for name in packages}
     (folder / "found.json").write_text(json.dumps(out), encoding="utf-8")
+
+
+def borrow(folder: Path, task: str, name: str, rows: str) -> None:
+    """A task as lm-eval itself describes it, with our rows in place of its data set."""
+    import lm_eval.tasks
+    import yaml
+
+    path = Path(lm_eval.tasks.__file__).parent / task / f"{task}.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config |= {"task": name, "dataset_path": "json", "dataset_name": None, "training_split": None}
+    config["dataset_kwargs"] = {"data_files": {config["validation_split"]: rows}}
+    config["num_fewshot"] = 0
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 def row_of(model, sample: dict) -> dict:
