@@ -1,10 +1,10 @@
 """
 PIQA in lm-eval's own words: the part of bench/lm_eval_scores.py that is about a task's format.
 
-lm-eval's piqa.yaml, from the package, with our rows in place of the data set: it writes the prompts
-by itself, and ours are CORE's. The rows (bench/piqa_rows.jsonl: goal, sol1, sol2, label, the columns
-of the published set) are everyday knowledge in this project's words; they show that two programs
-make the same of a row, and nothing about a model.
+lm-eval's piqa.yaml, from the package, with our rows in place of the data set: it writes the
+prompts by itself, and ours are CORE's. The rows (bench/piqa_rows.jsonl: goal, sol1, sol2, label,
+the columns of the published set) are everyday knowledge in this project's words; they show that two
+programs make the same of a row, and nothing about a model.
 
 CORE's form of a row is what its bundle holds of PIQA: "Question: GOAL" and the two solutions, with
 "\\nAnswer: " between.

@@ -334,7 +334,9 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
                 write_task(peer, name, test.task.kind, documents)
                 names.append(name)
     used = [names for names in calls if names]
-    piqa = next((t for t in tests if t.task.path.parent == folder and t.task.num_fewshot == 0), None)
+    piqa = next(
+        (t for t in tests if t.task.path.parent == folder and t.task.num_fewshot == 0), None
+    )
     own = [write_piqa(peer, piqa.indices)] if piqa else []
     used += [[PIQA]] if piqa else []
 

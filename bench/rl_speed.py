@@ -39,7 +39,7 @@ from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
 from nanochat.hf_export import export_model
 from nanochat.optim import make_optimizer
-from nanochat.policy import Policy
+from nanochat.policy import Policy, compared
 from nanochat.rollout import Rollouts, sample_rollouts, to_batches
 
 OUT = RESULTS / "rl_speed.json"
@@ -114,8 +114,7 @@ def train_step(
     """From rewards to new weights, as chat_rl and the training step do it."""
     device = torch.device(args.device_type)
     batches = to_batches(rollouts, args.device_batch_size, 0, device)
-    with autocast:
-        policy.begin(batches)
+    policy.begin(batches)
     count = sum(int((b.targets != IGNORE).sum()) for b in batches)
     for batch in batches:
         with autocast:
@@ -123,6 +122,7 @@ def train_step(
         (loss / count).backward()
     optimizer.step(1.0, 0.95, 1.0, 1.0)
     optimizer.zero_grad()
+    compared(batches)
 
 
 def main(args: Args) -> None:

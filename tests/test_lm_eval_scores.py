@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 
 from bench import lm_eval_scores as bench
 from bench.lm_eval_chat import chat_disagreement, chat_document, chat_task, compare_chat
+from bench.lm_eval_piqa import compare_piqa, core_item, piqa_task, read_rows, write_piqa
 from bench.lm_eval_rows import document, pairs_of, probes_of
-from nanochat.common import UserError
+from nanochat.common import UserError, read_jsonl
 from nanochat.evals.core import (
     CoreTask,
     Item,
@@ -202,17 +204,51 @@ def test_what_was_recorded_is_agreement() -> None:
     assert result["disagreements"] == []
     assert [model["arch"] for model in result["models"]] == list(bench.ARCHS)
     for model in result["models"]:
-        assert {"arc_easy", "hellaswag", "lambada_openai", "winogrande"} <= {
-            row["task"] for row in model["tasks"]
-        }
-        assert all(bench.disagreement(row) == "" for row in model["tasks"])
-        assert chat_disagreement(model["chat"], bench.CLOSE) == ""
+        names = {row["task"] for row in model["tasks"]}
+        assert {"arc_easy", "piqa", "boolq", "hellaswag", "lambada_openai", "winogrande"} <= names
+        assert len(names) == 21  # all of CORE that could be had, and PIQA
+        assert bench.all_disagreements(model) == [] and model["piqa"]["rows"] >= 20
         # The models know something: agreement on guesses would say little
         right = [row["core"]["ours"] - row["chance"] for row in model["tasks"]]
         assert sum(right) / len(right) > 0.1
     rows = [row for model in result["models"] for row in model["tasks"]]
     assert sum(row["loglikelihoods"] for row in rows) == result["loglikelihoods"] > 1000
     assert any(row["cropped"] for row in rows) and any(row["cut_again"] for row in rows)
+
+
+def test_piqa_is_asked_as_lm_eval_asks_it(tmp_path: Path) -> None:
+    """Its piqa.yaml: "Question: {{goal}}\\nAnswer:", a space, and the solution; acc_norm by the
+    solution's length without the space."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("gpt", vocab_size=400, sequence_len=256).eval()
+    rows, task = read_rows(), piqa_task(tmp_path)
+    assert 24 <= len(rows) <= 40 and {row["label"] for row in rows} == {0, 1}
+    assert read_items(task)[3] == core_item(rows[3])
+    test = bench.make_test(replace(task, num_fewshot=0), 8, tokenizer)
+    spec = write_piqa(tmp_path, test.indices)
+    chosen = [row for _, row in read_jsonl(Path(spec["rows"]))]
+    theirs = []
+    for row in chosen:
+        context = f"Question: {row['goal']}\nAnswer:"
+        pairs = [(context, f" {row[key]}") for key in ("sol1", "sol2")]
+        theirs.append(bench.our_row(model, tokenizer, pairs))
+    ours = [bench.our_row(model, tokenizer, pairs_of(row.document)) for row in test.rows]
+    metrics = bench.metrics_of(test, ours)
+    normed = [
+        bench.best([ll / len(row[key]) for ll, key in zip(found["lls"], ("sol1", "sol2"))])
+        for row, found in zip(chosen, theirs)
+    ]
+    right = [row["label"] for row in chosen]
+    assert metrics["acc_norm"] == sum(p == g for p, g in zip(normed, right)) / len(right)
+    found = {"rows": theirs, "metrics": metrics}
+    assert bench.disagreement(compare_piqa(ours, metrics, found)) == ""
+    theirs[0]["pairs"][0][0] += "!"
+    theirs[1]["starts"] = [0, 0]
+    theirs[2]["lls"] = theirs[2]["lls"][::-1]
+    theirs[3]["greedy"] = [True, True]
+    noticed = bench.disagreement(compare_piqa(ours, metrics, found))
+    for word in ("other_texts 1", "other_tokens 1", "other_predictions 1", "other_greedy 1"):
+        assert word in noticed
 
 
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
