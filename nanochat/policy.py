@@ -175,10 +175,13 @@ def compared(batches: Sequence[PolicyBatch]) -> dict[str, float]:
     return found
 
 
-def frozen_copy(model: Any) -> Any:
-    """The model as it is now, for the KL penalty; says what memory that takes."""
-    reference = twin(model) if sharded_modules(model) else copy.deepcopy(model)
+def frozen_copy(model: Any, before_lora: bool = False) -> Any:
+    """The model as it is now, for the KL penalty; says what memory that takes. `before_lora`: its
+    weights will stand still, and the copy holds the same tensors, unless they are sharded."""
+    shared = {id(p): p for p in model.parameters()} if before_lora else {}
+    reference = twin(model) if sharded_modules(model) else copy.deepcopy(model, shared)
     reference.requires_grad_(False).eval()
-    size = sum(local(p).numel() * p.element_size() for p in reference.parameters())
+    own = [p for p in reference.parameters() if id(p) not in shared]
+    size = sum(local(p).numel() * p.element_size() for p in own)
     print0(f"--kl: a frozen copy of the model takes {size / 2**20:,.0f} MiB")
     return reference

@@ -86,7 +86,7 @@ class Args(lora.LoraFlags, flags.FinetuneFlags):
     epsilon, 0.2 for one; 0: any distance. With --inner_steps=1 every ratio is 1."""
     kl: float = 0.0
     """Weight of the KL divergence from the model that training started with, of which a frozen copy
-    is kept; 0: none."""
+    is kept (with --lora_rank on one device, without memory of its own); 0: none."""
     init_lr_frac: float = 0.05
     """Learning rates start at this share of the values above, and fall to 0."""
     lora_lr: float = 1e-4
@@ -169,10 +169,11 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
     rows_per_step = args.examples_per_step * args.num_samples
     # The longest reply that a row may hold, after a question
     length = model.config.sequence_len
-    settled = settle(args, model.config, info, rows_per_step, length, copies=2 if args.kl else 1)
+    one_copy = not args.kl or (args.lora_rank and info.world_size == 1)
+    settled = settle(args, model.config, info, rows_per_step, length, copies=1 if one_copy else 2)
     model = start.place(args, info, settled[1])
     # Before LoRA, and before the Trainer, which may load a resumed run's weights
-    reference = frozen_copy(model) if args.kl else None
+    reference = frozen_copy(model, args.lora_rank > 0) if args.kl else None
     optimizer = optimizer_of(args, start, info)
     micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, length)
     problems = fingerprint(*(json.dumps(task[i]) for i in range(len(task))))
