@@ -21,8 +21,8 @@ begins with <|bos|> in training; max_length one less than the context, since lm-
 token more of a text that is too long; float32. And CORE scores an option by its mean loss over the
 tokens that differ between the options, which lm-eval has no metric for: where all options begin
 with the same tokens, the row is given to lm-eval a second time, cut there. Where that is within a
-word the text cannot be cut so that the tokens stay the same: such rows are compared in everything
-but CORE's prediction ("core": "rows" counts the others).
+word the text cannot be cut so that the tokens stay the same: lm-eval's scoring gets such rows
+besides as tokens, cut where CORE begins ("by_tokens" counts them).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from nanochat.common import UserError, get_base_dir, print0, read_json, write_js
 from nanochat.evals.core import (
     CoreTask,
     Item,
+    Probe,
     evaluated_rows,
     fewshot_indices,
     find_spans,
@@ -101,7 +102,7 @@ class Row(NamedTuple):
     item: Item
     document: Item
     again: Item | None  # cut where CORE begins to score, if that is elsewhere
-    askable: bool  # False where CORE begins within a word, where no text can be cut
+    spans: list[Probe] | None  # the tokens to ask about, where that is within a word
 
 
 @dataclass
@@ -134,7 +135,7 @@ def make_test(task: CoreTask, max_items: int, tokenizer: Any) -> Test:
         same = ours == probes_of(tokenizer, pairs_of(cut))
         again = None if same else recut(tokenizer, task.kind, ours, item.get("gold", 0))
         askable = again is None or ours == probes_of(tokenizer, pairs_of(again))
-        rows.append(Row(item, cut, again, askable))
+        rows.append(Row(item, cut, again, None if askable else ours))
     return Test(task, items, indices, rows)
 
 
@@ -153,10 +154,14 @@ def core_prediction(kind: str, found: Item) -> int:
 
 def our_row(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Item:
     """What the worker finds for a row, by our own code."""
-    probes = probes_of(tokenizer, pairs)
+    found = our_scores(model, probes_of(tokenizer, pairs))
+    return {"pairs": [list(pair) for pair in pairs], **found}
+
+
+def our_scores(model: Any, probes: Sequence[Probe]) -> Item:
+    """Log-likelihoods of tokens, and whether they are what greedy decoding would write."""
     scores = score_sequences(model, [crop(p, model.config.sequence_len) for p in probes])
     return {
-        "pairs": [list(pair) for pair in pairs],
         "ids": [probe.ids for probe in probes],
         "starts": [probe.start for probe in probes],
         "lls": [-s.loss * (len(p.ids) - p.start) for s, p in zip(scores, probes)],
@@ -191,19 +196,18 @@ def compare(test: Test, theirs: dict[str, Any], model: Any, tokenizer: Any) -> d
     our_recuts = [
         our_row(model, tokenizer, pairs_of(row.again)) if row.again else None for row in test.rows
     ]
+    tokens = iter(theirs.get(f"{test.name}_tokens", {"rows": []})["rows"])
+    by_tokens = [next(tokens) if row.spans else None for row in test.rows]
+    our_spans = [our_scores(model, row.spans) if row.spans else None for row in test.rows]
     pairs = [
         (a, b)
-        for a, b in zip([*ours, *our_recuts], [*found, *recuts])
+        for a, b in zip([*ours, *our_recuts, *our_spans], [*found, *recuts, *by_tokens])
         if a is not None and b is not None
     ]
     lls = [(x, y) for a, b in pairs for x, y in zip(a["lls"], b["lls"])]
-    chosen = [core_prediction(kind, b or a) for a, b in zip(found, recuts)]
+    chosen = [core_prediction(kind, c or b or a) for a, b, c in zip(found, recuts, by_tokens)]
     predicted = predict_task(test.task, test.items, test.indices, model, tokenizer)
-    answers = [
-        (p, c, gold(test.task, row.item))
-        for p, c, row in zip(predicted, chosen, test.rows)
-        if row.askable
-    ]
+    golds = [gold(test.task, row.item) for row in test.rows]
     limit = model.config.sequence_len
     return {
         "task": test.task.label,
@@ -215,15 +219,14 @@ def compare(test: Test, theirs: dict[str, Any], model: Any, tokenizer: Any) -> d
         "chance": round(test.task.baseline / 100, 4),
         "loglikelihoods": len(lls),
         "max_diff": max(abs(x - y) for x, y in lls),
-        "other_texts": sum(a["pairs"] != b["pairs"] for a, b in pairs),
+        "by_tokens": len(by_tokens) - by_tokens.count(None),
+        "other_texts": sum(a.get("pairs") != b.get("pairs") for a, b in pairs),
         "other_tokens": sum((a["ids"], a["starts"]) != (b["ids"], b["starts"]) for a, b in pairs),
         "other_greedy": sum(a["greedy"] != b["greedy"] for a, b in pairs),
-        "other_predictions": sum(p != c for p, c, _ in answers),
+        "other_predictions": sum(p != c for p, c in zip(predicted, chosen)),
         "core": {
-            "rows": len(answers),
-            # Where every row's options part within a word there is nothing to be asked
-            "ours": sum(p == g for p, _, g in answers) / max(1, len(answers)),
-            "lm_eval": sum(c == g for _, c, g in answers) / max(1, len(answers)),
+            "ours": sum(p == g for p, g in zip(predicted, golds)) / len(golds),
+            "lm_eval": sum(c == g for c, g in zip(chosen, golds)) / len(golds),
         },
         "metrics": {"ours": metrics_of(test, ours), "lm_eval": theirs[test.name]["metrics"]},
     }
@@ -343,7 +346,11 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
     def ask(**spec: Any) -> dict[str, Any]:
         return ask_lm_eval(args, max_length=model.config.sequence_len - 1, **spec)
 
-    theirs = ask(folder=peer, model=folder / arch, calls=used, chat=False, own=own)
+    tokens = {test.name: [row.spans for row in test.rows if row.spans] for test in tests}
+    theirs = ask(
+        folder=peer, model=folder / arch, calls=used, chat=False, own=own,
+        tokens={name: spans for name, spans in tokens.items() if spans},
+    )  # fmt: skip
     rows = []
     for test in tests:
         rows.append(compare(test, theirs["tasks"], model, tokenizer))

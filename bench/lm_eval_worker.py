@@ -52,6 +52,9 @@ def main(spec: dict) -> None:
             }
             rows = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
             out["tasks"][name] = {"metrics": metrics, "rows": [row_of(model, row) for row in rows]}
+    for name, rows in spec.get("tokens", {}).items():
+        found = [scores_of(model, probes) for probes in rows]
+        out["tasks"][f"{name}_tokens"] = {"rows": found}
     packages = ("lm_eval", "transformers", "tokenizers", "torch", "datasets")
     out["versions"] = {name: importlib.metadata.version(name) for name in packages}
     (folder / "found.json").write_text(json.dumps(out), encoding="utf-8")
@@ -68,6 +71,18 @@ def borrow(folder: Path, task: str, name: str, rows: str) -> None:
     config["dataset_kwargs"] = {"data_files": {config["validation_split"]: rows}}
     config["num_fewshot"] = 0
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def scores_of(model, probes: list) -> dict:
+    """What lm-eval's scoring makes of one row's tokens, each option with where it begins."""
+    requests = [(("", ""), ids[:start], ids[start:]) for ids, start in probes]
+    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    return {
+        "ids": [ids for ids, _ in probes],
+        "starts": [start for _, start in probes],
+        "lls": [float(ll) for ll, _ in found],
+        "greedy": [bool(greedy) for _, greedy in found],
+    }
 
 
 def row_of(model, sample: dict) -> dict:

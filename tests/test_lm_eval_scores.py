@@ -66,6 +66,9 @@ def found_by_us(test: bench.Test, model: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         test.name: {"rows": rows, "metrics": bench.metrics_of(test, rows)},
         f"{test.name}_again": {"rows": again, "metrics": {}},
+        f"{test.name}_tokens": {
+            "rows": [bench.our_scores(model, row.spans) for row in test.rows if row.spans]
+        },
     }
 
 
