@@ -374,10 +374,10 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
 def ask_lm_eval(args: Args, folder: Path, **spec: Any) -> dict[str, Any]:
     """Runs the worker on the tasks in `folder`; what it found."""
     spec = {key: str(v) if isinstance(v, Path) else v for key, v in spec.items()}
-    words = json.dumps({**spec, "folder": str(folder), "batch_size": args.batch_size})
+    write_json(folder / "spec.json", {**spec, "batch_size": args.batch_size})
     worker = str(Path(__file__).with_name("lm_eval_worker.py"))
     # -I: without the worker's own folder on the path, and so without our modules
-    run(args.peer_python, "-I", worker, words, base_dir=folder)
+    run(args.peer_python, "-I", worker, str(folder), base_dir=folder)
     return read_json(folder / "found.json")
 
 

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 
-def main(spec: dict) -> None:
-    folder = Path(spec["folder"])
+def main(folder: Path) -> None:
+    spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     # Before the imports, which read them
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(folder / "cache"))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -102,4 +102,4 @@ def row_of(model, sample: dict) -> dict:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(Path(sys.argv[1]))

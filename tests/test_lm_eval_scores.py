@@ -136,6 +136,26 @@ def test_agreement_is_seen_and_so_is_each_difference(arch: str, kind: str, tmp_p
     assert "acc " in bench.disagreement(bench.compare(test, changed, model, tokenizer))
 
 
+def test_rows_that_part_within_a_character_are_asked_by_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These letters share their first byte of two: no text ends there."""
+    rows: list[Item] = [{"query": "Tom writes", "choices": ["\u010c", "\u0106"], "gold": 0}]
+    monkeypatch.setitem(ROWS, "multiple_choice", rows)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("gpt", vocab_size=400, sequence_len=64).eval()
+    test = make_test(tmp_path, "multiple_choice", 0, tokenizer)
+    (row,) = test.rows
+    assert row.spans is not None and [len(ids) - start for ids, start in row.spans] == [1, 1]
+    theirs = found_by_us(test, model, tokenizer)
+    compared = bench.compare(test, theirs, model, tokenizer)
+    assert bench.disagreement(compared) == "" and compared["by_tokens"] == 1
+    found = theirs[f"{test.name}_tokens"]["rows"][0]
+    found["lls"] = found["lls"][::-1]
+    noticed = bench.disagreement(bench.compare(test, theirs, model, tokenizer))
+    assert "other_predictions 1" in noticed and "CORE's accuracy" in noticed
+
+
 def naive_row(folder: Path, pairs: list[tuple[str, str]], add_bos: bool) -> Item:
     """What lm-eval does, one option at a time, by transformers alone."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
