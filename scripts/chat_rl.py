@@ -95,9 +95,9 @@ class Args(lora.LoraFlags, flags.FinetuneFlags):
     """Steps between evaluations on held-out problems; -1: only before and after."""
     eval_examples: int = 400
     """Held-out problems of an evaluation."""
-    eval_samples: int = 0
-    """Replies sampled for each problem of an evaluation, at --temperature and --top_k, for pass@k
-    beside that of the one most likely reply; 0: none."""
+    eval_samples: int = 4
+    """Replies sampled for each problem of an evaluation, at --temperature and --top_k, for pass@1
+    to pass@k beside the pass@1 of the one most likely reply; 0: none."""
     save_every: int = 60
     """Steps between checkpoints; -1: only at the end."""
 

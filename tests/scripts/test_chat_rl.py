@@ -169,6 +169,8 @@ def test_with_lora_only_its_matrices_move(
     found = rl("lora", *argv)
     said = capsys.readouterr().out
     assert "LoRA of rank 4 beside" in said and "a frozen copy of the model takes 0 MiB" in said
+    for row in rows(found, "eval"):  # unasked
+        assert {"pass1_low", "sampled_pass1_low", "sampled_pass4_high"} <= set(row)
     divergence = [row["kl"] for row in rows(found, "rl")]
     assert divergence[0] == pytest.approx(0, abs=1e-6) and divergence[-1] > 1e-5
 
