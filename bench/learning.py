@@ -200,20 +200,21 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The passage of bench/LEARNING.md: ours beside karpathy/nanochat's, at equal tokens."""
-    lines = ["| | tokens | turbo, its defaults | karpathy/nanochat |", "|---|---|---|---|"]
+    lines = [
+        "| | tokens | turbo, its defaults | karpathy/nanochat, our rows | its figure, July 2026 |",
+        "|---|---|---|---|---|",
+    ]
     for result in results:
-        for theirs in result["peer_runs"]:
-            runs = [
-                r for r in result["runs"] if (r["arch"], r["depth"]) == ("turbo", theirs["depth"])
-            ]
-            last = max(map(int, theirs["bpb"]))
-            for tokens, bpb in theirs["bpb"].items():
-                ours = [run["bpb"][tokens] for run in runs if tokens in run["bpb"]]
-                of = "the end" if int(tokens) == last else f"of a run of {last / 1e6:.2f} M"
-                if ours:
+        for run in result["runs"]:
+            depth, last = run["depth"], max(map(int, run["bpb"]))
+            for tokens, bpb in run["bpb"].items():
+                theirs = [r["bpb"].get(tokens) for r in result["peer_runs"] if r["depth"] == depth]
+                figure = result["peer"].get(tokens) if depth == 4 and last == TOKENS else None
+                if any(theirs) or figure:
+                    of = "the end" if int(tokens) == last else f"of {last / 1e6:.2f} M"
+                    cells = [f"{n:.3f}" if n else "" for n in (bpb, *(theirs or [None]), figure)]
                     lines.append(
-                        f"| d{theirs['depth']} | {int(tokens) / 1e6:.2f} M, {of} "
-                        f"| {mean(ours):.3f} | {bpb:.3f} |"
+                        f"| d{depth} | {int(tokens) / 1e6:.2f} M, {of} | {' | '.join(cells)} |"
                     )
     return "\n".join(lines)
 

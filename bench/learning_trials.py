@@ -255,6 +255,7 @@ def command(trial: Trial, name: str, seed: int, data: Path) -> tuple[str, list[s
         "--arch=turbo", "--depth=4", f"--max_seq_len={ROW}", f"--total_batch_size={BATCH}",
         f"--num_iterations={TOKENS // BATCH}", f"--eval_tokens={EVAL_TOKENS}",
         "--eval_every=100000", "--core_metric_every=-1", "--sample_every=-1", "--compile=off",
+        "--grad_clip=1",
         f"--seed={seed}", f"--data={data.resolve()}", f"--model_tag={tag}",
     ]  # fmt: skip
     typed = {flag.split("=")[0] for flag in trial.flags}
