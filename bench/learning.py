@@ -198,5 +198,25 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """The passage of bench/LEARNING.md: ours beside karpathy/nanochat's, at equal tokens."""
+    lines = ["| | tokens | turbo, its defaults | karpathy/nanochat |", "|---|---|---|---|"]
+    for result in results:
+        for theirs in result["peer_runs"]:
+            runs = [
+                r for r in result["runs"] if (r["arch"], r["depth"]) == ("turbo", theirs["depth"])
+            ]
+            last = max(map(int, theirs["bpb"]))
+            for tokens, bpb in theirs["bpb"].items():
+                ours = [run["bpb"][tokens] for run in runs if tokens in run["bpb"]]
+                of = "the end" if int(tokens) == last else f"of a run of {last / 1e6:.2f} M"
+                if ours:
+                    lines.append(
+                        f"| d{theirs['depth']} | {int(tokens) / 1e6:.2f} M, {of} "
+                        f"| {mean(ours):.3f} | {bpb:.3f} |"
+                    )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     flags.run(main, Args)

@@ -194,6 +194,7 @@ TRIALS = {
         "Muon's momentum 0.95 throughout",
         change=set_to(base_train, "muon_momentum", lambda step: 0.95),
     ),
+    "no clipping": Trial("gradients are not clipped", ["--grad_clip=0"]),
     "no weight decay": Trial("no weight decay", ["--weight_decay=0"]),
     "rates x 1.5": Trial(
         "all rates x 1.5",

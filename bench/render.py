@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import bpe_table, learning_trials, speedrun_cpu
+from bench import learning as learning_bench
 from nanochat import flags
 from nanochat.budget import share_of_peak
 from nanochat.cluster import Cluster, find_gpu
@@ -87,11 +89,27 @@ def train_speed(result: Result) -> Row:
 
 
 def learning(result: Result) -> Row:
-    tokens, peer = list(result["peer"].items())[-1]
-    ours = result["summary"]["turbo d4"]
+    peer = find(result["peer_runs"], depth=4)
+    ours, tokens = result["summary"]["turbo d4"], max(map(int, peer["bpb"]))
     return (
-        f"learning: bits per byte after {int(tokens) / 1e6:.2f}M tokens, d4", f"{ours['bpb']:.3f}",
-        f"{peer:.3f}, karpathy/nanochat's model", "",
+        f"learning: bits per byte after {tokens / 1e6:.2f}M tokens, d4", f"{ours['bpb']:.3f}",
+        f"{peer['final']:.3f}, karpathy/nanochat's model", "",
+    )  # fmt: skip
+
+
+def decoding(depth: int, result: Result) -> Row:
+    rows = [
+        find(result["rows"], arch="gpt", depth=depth, step="compiled", batch=batch)
+        for batch in (1, 16)
+    ]
+    ours, theirs = (
+        " and ".join(f"{row[f'{who}_tokens_per_second']:,.0f}" for row in rows)
+        for who in ("ours", "transformers")
+    )
+    return (
+        f"decoding d{depth}, vocabulary {rows[0]['vocab_size']:,}, 1 and 16 rows",
+        f"{ours} tokens/s", f"{theirs} tokens/s, transformers",
+        " and ".join(times(row["times"]) for row in rows),
     )  # fmt: skip
 
 
@@ -142,6 +160,8 @@ PERFORMANCE: list[tuple[str, Callable[[Result], Row]]] = [
     ("bpe_encoding", bpe_encoding),
     ("train_speed", train_speed),
     ("learning", learning),
+    ("decode_speed", partial(decoding, 3)),
+    ("decode_speed", partial(decoding, 4)),
     ("core_speed", core_speed),
     ("rl_speed", rl_speed),
     ("memory", memory),
@@ -215,6 +235,10 @@ def bpe() -> str:
     return bpe_table.passage(*map(load, ("bpe_training_50mb", "bpe_training", "bpe_encoding")))
 
 
+def learned() -> str:
+    return learning_bench.table([load(name) for name in ("learning", "learning_d6")])
+
+
 def trials() -> str:
     return learning_trials.table(load("learning_trials"))
 
@@ -269,6 +293,7 @@ PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "plan"): plan,
     ("README.md", "performance"): performance,
     ("rustbpe/README.md", "BPE"): bpe,
+    ("bench/LEARNING.md", "learned"): learned,
     ("bench/LEARNING.md", "trials"): trials,
     ("docs/03-data.md", "prepare"): prepare,
     ("docs/many_machines.md", "two nodes"): two_nodes,

@@ -26,7 +26,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -53,13 +54,13 @@ def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
     """Parses `argv` (default: the process's own).
 
     Unknown flags end the process with a suggestion; a class with an attribute `passed_on` (no
-    field) gets them there instead, for the program that it starts. A number that cannot be is a
-    UserError. --debug is every command's and
-    no field: run() looks for it."""
+    field) gets them there instead, for the program that it starts. A value that cannot be is a
+    UserError. --debug is every command's and no field: run() looks for it."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
         words.remove("--")
     words = [word for word in words if word != DEBUG]
+    _check_words(args_class, words)
     prog, said = _command(args_class), _help(args_class)
     if hasattr(args_class, "passed_on"):
         args, rest = tyro.cli(
@@ -98,6 +99,62 @@ LEAST = {
     **dict.fromkeys(["max_new_tokens", "num_samples", "batch_size"], 1),
     **dict.fromkeys(["temperature", "top_k", *SHARES], 0),
 }
+
+
+def _check_words(args_class: type, words: Sequence[str]) -> None:
+    """UserError, in one sentence, where a flag's value is not of its kind. What is wrong in other
+    ways (a flag that there is not) is left to tyro, which shows what comes closest."""
+    if {"-h", "--help"} & set(words):
+        return
+    kinds = {}  # flag as typed -> (its name, numbers it takes, words it takes)
+    hints = get_type_hints(args_class, include_extras=True)
+    for field in fields(args_class):
+        hint = hints[field.name]
+        names = [field.name]
+        for more in getattr(hint, "__metadata__", ()):
+            names += [*(getattr(more, "aliases", None) or ()), getattr(more, "name", None) or ""]
+        numbers, choices = _accepted(hint)
+        if numbers or choices:
+            kinds.update({name: (field.name, numbers, choices) for name in names if name})
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
+        flag, is_whole, value = word.partition("=")
+        flag = flag[2:].replace("-", "_") if flag.startswith("--") else flag
+        value = value if is_whole else after
+        if flag not in kinds or (not is_whole and value.startswith("--")):
+            continue
+        name, numbers, choices = kinds[flag]
+        if value not in (*choices, "None") and not any(_reads(kind, value) for kind in numbers):
+            number = "a number" if float in numbers else "a whole number" if numbers else ""
+            *rest, last = [word for word in (number, *choices) if word]
+            listed = f"{', '.join(rest)} or {last}" if rest else last
+            raise UserError(f"--{name}={value} must be {listed}")
+
+
+def _accepted(hint: Any) -> tuple[list[type], list[str]]:
+    """The kinds of number and the words that a flag of this type takes; none of either where it
+    takes any text, or is a switch."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    numbers: list[type] = []
+    choices: list[str] = []
+    for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]:
+        if kind in (int, float):
+            numbers.append(kind)
+        elif get_origin(kind) is Literal:
+            choices += map(str, get_args(kind))
+        elif kind is type(None):
+            continue
+        else:
+            return [], []
+    return numbers, choices
+
+
+def _reads(kind: type, value: str) -> bool:
+    try:
+        kind(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_values(args: Any) -> None:

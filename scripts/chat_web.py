@@ -37,6 +37,7 @@ class Args(ServeFlags):
 
 def main(args: Args) -> None:
     """Loads the model and serves it until interrupted."""
+    args.check()
     access = access_of(args)
     with listen(args.host, args.port) as listener, distributed.session(args.device_type) as info:
         engines = []

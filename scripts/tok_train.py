@@ -163,6 +163,7 @@ def main(args: Args) -> None:
         "token_bytes_min": int(lengths.min()),
         "token_bytes_max": int(lengths.max()),
         "chars_per_token": round(sum(map(len, checked)) / max(1, sum(map(len, encoded))), 3),
+        "typed": flags.typed(args),
         "time": time.time(),
     }
     append_jsonl(get_base_dir() / "report" / "tok_train.jsonl", row)

@@ -131,3 +131,13 @@ class ScriptedScheduler:
             request.reason = reason
             self._open = [item for item in self._open if item[0] is not request]
             self.engine.closed.set()
+
+
+class BrokenScheduler(ScriptedScheduler):
+    """Fails at a request's second token."""
+
+    def step(self) -> list[Any]:
+        tokens = super().step()
+        if any(len(token.request.tokens) == 2 for token in tokens):
+            raise RuntimeError("secret detail")
+        return tokens

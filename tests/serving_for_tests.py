@@ -23,7 +23,7 @@ import httpx
 from nanochat.scheduler import Scheduler
 from nanochat.serve.api import create_app
 from nanochat.serve.guard import Access
-from nanochat.serve.protocol import Limits
+from nanochat.serve.limits import Limits
 from nanochat.serve.run import make_server
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -94,7 +94,7 @@ def serving(
     **limits: Any,
 ) -> Iterator[Served]:
     app = create_app(
-        engines, tokenizer, "tiny", Limits(**{"context": 128, **limits}), access, make_scheduler
+        engines, tokenizer, "tiny", Limits(**{"max_context": 128, **limits}), access, make_scheduler
     )
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
     if send_buffer is not None:  # bytes that the kernel takes ahead; connections inherit it

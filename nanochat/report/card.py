@@ -7,15 +7,12 @@ The summary comes first, then what most readers look for: results, curves, what 
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint import STAGE_FOLDERS, STAGE_SCRIPTS
 from nanochat.common import UserError
-from nanochat.launch import command
-from nanochat.machine import machine_info, versions
+from nanochat.machine import machine_info
+from nanochat.report.again import ranks_of, reproduction
 from nanochat.report.html import write_pages
 from nanochat.report.plot import run_panels
 from nanochat.report.runs import Row, Run, read_rows, read_runs
@@ -33,9 +30,6 @@ from nanochat.report.sections import (
 from nanochat.report.tables import duration, in_short, pairs, percent, show
 
 PICTURE = "loss.png"
-WIDTH = 88  # characters of a command's line
-
-Lines = list[str]
 
 
 def write_report(
@@ -73,7 +67,9 @@ def write_report(
     lines += headlines(runs, results)
     lines += pairs(glance(runs, gpu_hour_price)) + overview
     lines += [line for section in sections for line in section]
-    lines += reproduction(runs, trained, base + current(chat, runs, model_tag), others)
+    lines += reproduction(
+        folder.parent, runs, trained, base + current(chat, runs, model_tag), others
+    )
     write_pages(lines, panels, out, PICTURE)
     return "\n".join([*overview, *tests[4:]]).rstrip()
 
@@ -152,17 +148,12 @@ def source(run: Run) -> str:
 def _gpu_time(runs: list[Run], price: float | None) -> str:
     """GPU-hours, for as long as the runs held their GPUs, and dollars at a price for one."""
     used = [run for run in runs if (run.start.get("machine") or {}).get("gpus")]
-    hours = sum(max(run.wall, run.seconds or 0.0) * _ranks(run) for run in used) / 3600
+    hours = sum(max(run.wall, run.seconds or 0.0) * ranks_of(run) for run in used) / 3600
     if not hours:
         return "none: trained without a GPU"
     if price is None:
         return f"{hours:.3g} GPU-hours (their cost: --gpu_hour_price)"
     return f"{hours:.3g} GPU-hours, ${hours * price:,.2f} at ${price:,.2f} each"
-
-
-def _ranks(run: Run) -> int:
-    size = run.start.get("world_size")
-    return size if isinstance(size, int) else 1
 
 
 def _place(machine: Row) -> str:
@@ -177,67 +168,3 @@ def _place(machine: Row) -> str:
             *([str(machine["platform"])] if machine.get("platform") else []),
         ]
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# how to do it again
-
-
-def reproduction(runs: list[Run], trained: list[Row], tested: list[Row], rest: list[str]) -> Lines:
-    """Versions and revision, and the commands. `tested`: rows of chat_eval and base_eval, `rest`:
-    names of other runs."""
-    newest = runs[-1].start if runs else {}
-    known = newest.get("versions") or versions()
-    lines = ["## How to reproduce it", ""]
-    code = newest.get("code") or {}
-    lines += pairs({**known, "code": code.get("fingerprint") or ""})
-    revision = str(known.get("git") or "").removesuffix("-dirty")
-    commands = [["git", "checkout", revision]] if revision else []
-    if code.get("changes"):
-        folder = f"{STAGE_FOLDERS[runs[-1].stage]}/{runs[-1].tag}"
-        commands.append(["git", "apply", f"{folder}/{code['changes']}"])
-    commands += _commands(runs, trained, tested)
-    # As code, line by line: a prompt among the flags may hold anything.
-    lines += [f"    {line}" for words in commands for line in folded(words).splitlines()] + [""]
-    if runs:
-        lines += [
-            f"`python -m scripts.rerun {runs[-1].name}` says what is no longer as it was; with "
-            "`--go` it repeats the run and compares the losses.",
-            "",
-        ]
-    if rest:
-        lines += [f"Runs not shown here: {', '.join(rest)} (`--model_tag` chooses).", ""]
-        alike = [(r.name, other) for r in runs for other in rest if other.startswith(r.stage + "/")]
-        for a, b in alike[:1]:
-            lines += [f"Two runs side by side: `python -m scripts.compare {a} {b}`.", ""]
-    return lines
-
-
-def _commands(runs: list[Run], trained: list[Row], tested: list[Row]) -> Iterator[list[str]]:
-    """From the tokenizer to the last evaluation, as far as the logs say what was typed."""
-    for row in trained[-1:]:
-        names = [key for key in ("max_chars", "vocab_size", "doc_cap") if key in row]
-        yield command("tok_train", [f"--{key}={row[key]}" for key in names])
-    for run in runs:
-        typed, nodes, ranks = run.start.get("typed"), run.start.get("nodes") or 1, _ranks(run)
-        if isinstance(typed, list):
-            words = [str(word) for word in typed]
-            yield command(STAGE_SCRIPTS[run.stage], words, ranks, 1 if ranks % nodes else nodes)
-        about = (run.stage, run.tag)
-        rows = [row for row in tested if (row.get("source"), row.get("model_tag")) == about]
-        tasks = dict.fromkeys(str(row["task"]) for row in rows if row.get("task"))
-        tasks.pop("ChatCORE", None)  # the mean of the others
-        if any("task" not in row for row in rows):
-            yield command("base_eval", [f"--model_tag={run.tag}"])
-        if tasks:
-            yield command("chat_eval", ["-i", run.stage, "-g", run.tag, "-a", "|".join(tasks)])
-
-
-def folded(words: list[str]) -> str:
-    """A command for a shell, on lines of at most about WIDTH characters."""
-    lines = [""]
-    for word in map(shlex.quote, words):
-        if lines[-1] and len(lines[-1]) + len(word) > WIDTH:
-            lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return " \\\n".join(lines)

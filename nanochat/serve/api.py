@@ -30,17 +30,16 @@ from nanochat.reply import fit_conversation
 from nanochat.scheduler import Scheduler
 from nanochat.serve.answers import Answer, ChatAnswer, TextAnswer
 from nanochat.serve.guard import Access, Guard
+from nanochat.serve.limits import Limits
 from nanochat.serve.metrics import Metrics
-from nanochat.serve.page import page_route
 from nanochat.serve.protocol import (
     ApiError,
     ChatRequest,
     CompletionRequest,
-    ErrorAnswer,
-    Limits,
     error_body,
     refusal,
 )
+from nanochat.serve.routes import add_routes, describe
 from nanochat.serve.worker import Job, Pool, Worker
 
 if TYPE_CHECKING:
@@ -83,6 +82,7 @@ def create_app(
     from fastapi import FastAPI
     from fastapi.middleware.cors import CORSMiddleware
 
+    limits.check()
     access = access or Access()
     workers = [
         Worker(
@@ -110,8 +110,9 @@ def create_app(
     )
     app.state.draining = False
     app.state.pool = pool
-    server = _ChatServer(pool, tokenizer, model_name, limits, access.api_key is not None)
-    _add_routes(app, server)
+    server = ChatServer(pool, tokenizer, model_name, limits, access.api_key is not None)
+    add_routes(app, server)
+    describe(app)
     _add_error_handlers(app)
     app.add_middleware(Guard, access=access, limits=limits, metrics=server.metrics)
     if access.origins:
@@ -122,51 +123,6 @@ def create_app(
             allow_headers=["Authorization", "Content-Type"],
         )
     return app
-
-
-def _add_routes(app: "FastAPI", server: "_ChatServer") -> None:
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response
-
-    refused: dict[int | str, dict[str, Any]] = {
-        "4XX": {"model": ErrorAnswer, "description": "Refused, and why"},
-        503: {"model": ErrorAnswer, "description": "Shutting down"},
-    }
-
-    app.router.routes.append(page_route())
-
-    @app.get("/health", summary="What is served, and how busy it is")
-    async def health() -> JSONResponse:
-        if app.state.draining:
-            return JSONResponse({**server.health(), "status": "shutting_down"}, 503)
-        return JSONResponse(server.health())
-
-    @app.get("/metrics", summary="For Prometheus")
-    async def metrics() -> Response:
-        return Response(server.metrics.text(), headers={"Content-Type": Metrics.content_type})
-
-    @app.get("/v1/models", summary="The one model there is", responses=refused)
-    async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [server.model_card]})
-
-    @app.get("/v1/models/{name}", summary="The same, by name", responses=refused)
-    async def model(name: str) -> JSONResponse:
-        if name != server.model_name:
-            raise ApiError("no such model", "model", "model_not_found", 404)
-        return JSONResponse(server.model_card)
-
-    @app.post(
-        "/v1/chat/completions",
-        summary="Continue a conversation",
-        responses=refused,
-        response_model=None,
-    )
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await server.chat(body, request)
-
-    @app.post("/v1/completions", summary="Continue a text", responses=refused, response_model=None)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await server.complete(body, request)
 
 
 def _add_error_handlers(app: "FastAPI") -> None:
@@ -202,7 +158,7 @@ def _add_error_handlers(app: "FastAPI") -> None:
     app.add_exception_handler(Exception, fail)
 
 
-class _ChatServer:
+class ChatServer:
     """What the routes do, and what they share."""
 
     def __init__(
@@ -223,15 +179,15 @@ class _ChatServer:
         defaults = {
             "temperature": self.limits.temperature,
             "top_k": self.limits.top_k,
-            "top_p": self.limits.top_p,
+            "top_p": 1.0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "max_tokens": min(self.limits.max_tokens, self.limits.longest),
+            "max_tokens": min(self.limits.max_new_tokens, self.limits.longest),
         }
         return {
             "status": "ok",
             "model": self.model_name,
-            "context": self.limits.context,
+            "context": self.limits.max_context,
             "max_reply_tokens": self.limits.longest,
             "defaults": defaults,
             "needs_key": self.needs_key,
@@ -262,7 +218,7 @@ class _ChatServer:
 
     def _room(self, prompt: Sequence[int]) -> int:
         """What the context leaves for the reply."""
-        return self.limits.context - len(prompt)
+        return self.limits.max_context - len(prompt)
 
     def _least(self, texts: Sequence[str]) -> int:
         """Fewest tokens that the texts can have: what is hopelessly long is refused before it costs
@@ -271,8 +227,8 @@ class _ChatServer:
 
     def _exceeded(self, found: str, param: str) -> ApiError:
         return ApiError(
-            f"{param} have {found} tokens; this model's context is {self.limits.context} tokens, "
-            "reply included. Shorten them, or start anew.",
+            f"{param} have {found} tokens; this model's context is {self.limits.max_context} "
+            "tokens, reply included. Shorten them, or start anew.",
             param,
             "context_length_exceeded",
         )
@@ -280,9 +236,9 @@ class _ChatServer:
     def _render(self, body: ChatRequest) -> tuple[list[int], int]:
         """The prompt's token ids, if they leave room for a reply, and the messages left out."""
         conversation = body.conversation()
-        context = self.limits.context
+        context = self.limits.max_context
         if body.truncation == "auto":
-            wanted = body.length_asked or self.limits.max_tokens
+            wanted = body.length_asked or self.limits.max_new_tokens
             # A quarter at least is for the conversation's end, however long a reply is asked for
             room = max(1, min(wanted, context * 3 // 4))
             try:
@@ -304,7 +260,7 @@ class _ChatServer:
         """The token ids of a text to be continued, which begins as a document does."""
         if isinstance(prompt, str):
             least = self._least([prompt])
-            if least >= self.limits.context:
+            if least >= self.limits.max_context:
                 raise self._exceeded(f"more than {least}", "prompt")
             ids = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id())
         else:
@@ -312,7 +268,7 @@ class _ChatServer:
         size = self.tokenizer.get_vocab_size()
         if not ids or max(ids) >= size:
             raise ApiError(f"prompt must be token ids below {size}, one at least", "prompt")
-        if len(ids) >= self.limits.context:
+        if len(ids) >= self.limits.max_context:
             raise self._exceeded(str(len(ids)), "prompt")
         return ids
 

@@ -20,8 +20,9 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat.serve.limits import Limits
 from nanochat.serve.metrics import Metrics
-from nanochat.serve.protocol import ApiError, Limits, show
+from nanochat.serve.protocol import ApiError, show
 from nanochat.serve.worker import busy, shutting_down
 
 Message = MutableMapping[str, Any]

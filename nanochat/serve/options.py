@@ -4,7 +4,7 @@ The flags of a chat server, and what they mean: who may ask, how much, on which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,11 +13,11 @@ import torch
 from nanochat import flags
 from nanochat.common import UserError, warn0
 from nanochat.serve.guard import LOOPBACK_NAMES, Access
-from nanochat.serve.protocol import Limits
+from nanochat.serve.limits import Limits
 
 
 @dataclass
-class ServeFlags(flags.PrecisionFlags):
+class ServeFlags(Limits, flags.PrecisionFlags):
     """What scripts.chat_web may be told."""
 
     source: Annotated[flags.Source, flags.alias("-i")] = "sft"
@@ -30,26 +30,6 @@ class ServeFlags(flags.PrecisionFlags):
     """Address to listen on. The default answers this machine alone, 0.0.0.0 everyone."""
     port: Annotated[int, flags.alias("-p")] = 8000
     """Port to listen on; 0 picks a free one."""
-    temperature: Annotated[float, flags.alias("-t")] = 0.8
-    """Used where a request names none; 0: always the likeliest token."""
-    top_k: Annotated[int, flags.alias("-k")] = 50
-    """Sample among the k likeliest tokens, where a request says nothing; 0: among all."""
-    max_new_tokens: Annotated[int, flags.alias("-m")] = 512
-    """Longest reply in tokens, where a request says nothing."""
-    max_reply_tokens: int = 0
-    """Longest reply that a request may ask for; 0: as long as the context."""
-    max_context: int = 0
-    """Tokens of conversation and reply together; 0: what the model was trained for."""
-    max_concurrent: int = 16
-    """Replies made at the same time, on each worker. More wait."""
-    max_waiting: int = 64
-    """Replies that may wait; requests beyond get 429 and Retry-After."""
-    max_body: int = 1 << 20
-    """Bytes of one request; larger ones get 413."""
-    read_timeout: float = 10.0
-    """Seconds in which a request must have arrived."""
-    request_timeout: float = 600.0
-    """Seconds in which a request must be answered, waiting included."""
     shutdown_timeout: float = 30.0
     """Seconds that replies under way get after Ctrl-C."""
     workers: int = 0
@@ -110,18 +90,9 @@ def limits_of(args: ServeFlags, context: int) -> Limits:
     """How much may be asked of a model with that context, in tokens."""
     if args.max_context > context:
         raise UserError(f"--max_context={args.max_context}: the model's is {context} tokens")
-    return Limits(
-        context=args.max_context or context,
-        max_tokens=args.max_new_tokens,
-        max_reply_tokens=args.max_reply_tokens or None,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        max_concurrent=args.max_concurrent,
-        max_waiting=args.max_waiting,
-        max_body=args.max_body,
-        read_timeout=args.read_timeout,
-        request_timeout=args.request_timeout,
-    )
+    limits = Limits(**{flag.name: getattr(args, flag.name) for flag in fields(Limits)})
+    limits.max_context = args.max_context or context
+    return limits
 
 
 def step_of(args: ServeFlags, device: torch.device) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -28,6 +27,7 @@ from pydantic import (
 from nanochat.common import UserError
 from nanochat.conversation import check_conversation
 from nanochat.sampling import Sampling
+from nanochat.serve.limits import Limits
 
 # Parameters of OpenAI's that we do not have, with the values that ask for nothing: clients send
 # those as defaults. Any other value is refused. null is "not given" everywhere.
@@ -78,53 +78,6 @@ Many = Annotated[list[T], Field(fail_fast=True)]
 MAX_KEYS = 64  # of an object, for the same reason
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What this server allows, and what it takes where a request says nothing."""
-
-    context: int
-    """Tokens of conversation and reply together, at most the model's sequence length."""
-    max_tokens: int = 512
-    """Length of a reply, where the request names none."""
-    max_reply_tokens: int | None = None
-    """Longest reply that a request may ask for; None: as long as the context."""
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    max_concurrent: int = 16
-    """Replies that are made at the same time, on each worker."""
-    max_waiting: int = 64
-    """Replies that may wait for a place; more get 429."""
-    max_body: int = 1 << 20
-    """Bytes of one request."""
-    read_timeout: float = 10.0
-    """Seconds in which a request must have arrived whole."""
-    request_timeout: float = 600.0
-    """Seconds in which a request must have been answered, waiting included."""
-
-    def __post_init__(self) -> None:
-        """UserError, by the flags of scripts.chat_web, for limits that let nothing through."""
-        for flag, value, least in [
-            ("max_context", self.context, 1),
-            ("max_new_tokens", self.max_tokens, 1),
-            ("max_reply_tokens", self.longest, 1),
-            ("temperature", self.temperature, 0),
-            ("top_k", self.top_k, 0),
-            ("max_concurrent", self.max_concurrent, 1),
-            ("max_waiting", self.max_waiting, 0),
-            ("max_body", self.max_body, 1),
-            ("read_timeout", self.read_timeout, 0.001),
-            ("request_timeout", self.request_timeout, 0.001),
-        ]:
-            if not value >= least:
-                raise UserError(f"--{flag}={value:g} must be at least {least:g}")
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest reply that may be asked for."""
-        return min(self.context, self.max_reply_tokens or self.context)
-
-
 class ApiError(Exception):
     """A request that is refused, with its HTTP status and headers."""
 
@@ -151,21 +104,6 @@ def error_body(
 ) -> dict[str, Any]:
     """OpenAI's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class ErrorObject(BaseModel):
-    """What was wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    """The body of every answer that is not 200."""
-
-    error: ErrorObject
 
 
 class Body(BaseModel):
@@ -243,7 +181,7 @@ class GenerationRequest(Body):
     """Longest reply in tokens. A reply ends at the end of the model's context in any case."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0: always the likeliest token."""
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     """The same seed and request give the same reply. Not given: another one each time."""
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = Field(
@@ -286,12 +224,12 @@ class GenerationRequest(Body):
     def sampling(self, limits: Limits, room: int) -> Sampling:
         """How to sample; `room` is what the context leaves for the reply, in tokens."""
         seed = secrets.randbits(63) if self.seed is None else self.seed & (2**63 - 1)
-        length = self.length_asked or min(limits.max_tokens, limits.longest)
+        length = self.length_asked or min(limits.max_new_tokens, limits.longest)
         return Sampling(
             max_tokens=min(length, room),
             temperature=limits.temperature if self.temperature is None else self.temperature,
             top_k=(limits.top_k if self.top_k is None else self.top_k) or None,
-            top_p=limits.top_p if self.top_p is None else self.top_p,
+            top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import sys
@@ -256,3 +257,71 @@ def test_tables_align_numbers_to_the_right() -> None:
         "| bcdef |     2 |",
         "",
     ]
+
+
+def test_the_commands_lead_from_the_data_through_every_run_before(folder: Path) -> None:
+    """As the speedrun on a CPU has it: base starts from a run of its own stage. What is printed is
+    parsed by the Args of the command it names."""
+    base_dir = folder.parent
+    (base_dir / "primer.json").write_text('{"seed": 7, "scale": 0.5}', encoding="utf-8")
+    append(folder / "tok_train.jsonl", {"typed": ["--vocab_size=500", "--data=my texts"]})
+    for number, (stage, tag, start, *typed) in enumerate(
+        [
+            ("base", "lists", None, "--model_tag=lists", "--depth=3"),
+            ("base", "d3", "base lists step_000340 (abc)", "--source_tag=lists", "--depth=3"),
+            ("mid", "d3", "base d3 step_000400 (abc)", "--mixture=a@5 | b*2"),
+        ]
+    ):
+        row = {"event": "start", "step": 0, "time": number + 1, "typed": typed, "args": {}}
+        log = base_dir / STAGE_FOLDERS[stage] / tag / LOG
+        append(log, {**row, "started_from": start})
+    append(folder / "chat_eval.jsonl", {**task("mid", 0.5, tag="d3"), "step": 0})
+    write_report(folder, folder / "report.md")
+    commands = commands_of((folder / "report.md").read_text(encoding="utf-8"))
+    assert [words[2] for words in commands] == [
+        "nanochat.primer", "scripts.tok_train", "scripts.base_train", "scripts.base_train",
+        "scripts.mid_train", "scripts.chat_eval",
+    ]  # fmt: skip
+    primer, tokenizer, lists, base, mid, _ = map(parsed, commands)
+    assert (primer.seed, primer.scale) == (7, 0.5) and tokenizer.data == "my texts"
+    assert lists.model_tag == base.source_tag == "lists" and mid.mixture == "a@5 | b*2"
+
+
+def test_the_commands_begin_with_a_download_or_an_import(folder: Path) -> None:
+    base_dir = folder.parent
+    pin = {"file": "shard_00009.parquet", "repo": "me/texts"}
+    (base_dir / "validation_files.json").write_text(json.dumps({"base_data": pin}))
+    (base_dir / "base_data").mkdir()
+    for index in (0, 1, 9):
+        (base_dir / "base_data" / f"shard_{index:05d}.parquet").touch()
+    row = {"event": "start", "step": 0, "args": {}}
+    append(log_of(folder, "base"), {**row, "typed": ["--depth=4"]})
+    imported = base_dir / STAGE_FOLDERS["sft"] / "qwen" / "step_000000"
+    imported.mkdir(parents=True)
+    meta = {"imported": {"from": "Qwen/Qwen2.5-0.5B"}}
+    (imported / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    began = {"typed": ["--source_tag=qwen"], "started_from": "sft qwen step_000000 (abc)"}
+    append(log_of(folder, "rl"), {**row, **began})
+    write_report(folder, folder / "report.md")
+    commands = commands_of((folder / "report.md").read_text(encoding="utf-8"))
+    data, base, imports, rl = map(parsed, commands)
+    assert (data.num_files, data.repo) == (2, "me/texts") and base.depth == 4
+    assert (imports.from_, imports.model_tag, imports.stage) == ("Qwen/Qwen2.5-0.5B", "qwen", "sft")
+    assert rl.source_tag == "qwen"
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The commands of the last section, as a shell would split them; git's left out."""
+    code = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    lines = "\n".join(code).replace("\\\n", " ").splitlines()
+    return [words for words in map(shlex.split, lines) if words and words[0] != "git"]
+
+
+def parsed(words: list[str]) -> Any:
+    """The flags of `python -m NAME ...`, as that program reads them."""
+    assert words[:2] == ["python", "-m"]
+    try:
+        module = importlib.import_module(f"{words[2]}.__main__")
+    except ModuleNotFoundError:
+        module = importlib.import_module(words[2])
+    return flags.parse(module.Args, words[3:])

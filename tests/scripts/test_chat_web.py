@@ -176,7 +176,10 @@ def test_one_worker_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_and_long_flags() -> None:
     argv = ["-i", "sft", "-g", "d20", "-s", "7", "-t", "0.5", "-k", "3", "-m", "9", "-p", "81"]
     argv += ["--host", "0.0.0.0", "--device-type", "cpu"]
-    assert flags.parse(Args, argv) == Args("cpu", "auto", "sft", "d20", 7, "0.0.0.0", 81, 0.5, 3, 9)
+    assert flags.parse(Args, argv) == Args(
+        device_type="cpu", source="sft", model_tag="d20", step=7, host="0.0.0.0", port=81,
+        temperature=0.5, top_k=3, max_new_tokens=9,
+    )  # fmt: skip
     assert flags.parse(Args, []).host == "127.0.0.1"
     origins = flags.parse(Args, ["--cors_origins", "https://a.b", "https://c.d"]).cors_origins
     assert origins == ["https://a.b", "https://c.d"]

@@ -17,7 +17,7 @@ from nanochat.engine import Engine
 from nanochat.models import ARCHITECTURES
 from nanochat.primer.write import write_primer
 from nanochat.serve.api import create_app
-from nanochat.serve.protocol import Limits
+from nanochat.serve.limits import Limits
 from scripts import chat_cli
 from tests.hf_for_tests import config_of, save_hf, tokenizer_of
 from tests.tiny_world import MID_FLAGS, RL_FLAGS, run_stage
@@ -164,7 +164,7 @@ def test_it_is_evaluated_and_talks(arch: str, capsys: pytest.CaptureFixture[str]
     run_stage("chat_cli", "--device_type=cpu", tag, "--prompt=Hello!", "--max_new_tokens=8")
     assert capsys.readouterr().out
     model, tokenizer, _ = load_model("sft", "cpu", f"{arch}-chat")  # as scripts.chat_web does
-    limits = Limits(model.config.sequence_len, max_tokens=8, temperature=0.0)
+    limits = Limits(max_context=model.config.sequence_len, max_new_tokens=8, temperature=0.0)
     with TestClient(create_app([Engine(model, tokenizer)], tokenizer, "it", limits)) as client:
         asked = {"messages": [{"role": "user", "content": "Hello!"}]}
         reply = client.post("/v1/chat/completions", json=asked).json()

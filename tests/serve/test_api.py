@@ -19,8 +19,13 @@ import pytest
 import nanochat.serve
 from nanochat.sampling import Sampling
 from nanochat.serve.api import create_app
-from nanochat.serve.protocol import Limits
-from tests.engines_for_tests import ScriptedEngine, ScriptedScheduler, script_of
+from nanochat.serve.limits import Limits
+from tests.engines_for_tests import (
+    BrokenScheduler,
+    ScriptedEngine,
+    ScriptedScheduler,
+    script_of,
+)
 from tests.serving_for_tests import HELLO, PATIENCE, Served, events_of, serving, wait_until
 from tests.tokenizers_for_tests import tiny_tokenizer
 
@@ -261,7 +266,7 @@ def endless(**more: Any) -> ScriptedEngine:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_row_is_freed_when_the_client_goes_away(stream: bool) -> None:
     engine = endless()
-    with scripted([engine], context=10**9) as served:
+    with scripted([engine], max_context=10**9) as served:
         with served.open_request(stream=stream, max_tokens=MANY, n=2):
             wait_until(lambda: served.metric("nanochat_replies_running") == 2)
             assert not engine.closed.is_set()
@@ -276,7 +281,9 @@ def test_a_row_is_freed_when_the_client_goes_away(stream: bool) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_row_is_freed_even_if_the_client_was_gone_before_the_answer_began(stream: bool) -> None:
     engine = endless()
-    app = create_app([engine], TOKENIZER, "tiny", Limits(10**9), make_scheduler=ScriptedScheduler)
+    app = create_app(
+        [engine], TOKENIZER, "tiny", Limits(max_context=10**9), make_scheduler=ScriptedScheduler
+    )
     raw = json.dumps({"messages": HELLO, "stream": stream, "max_tokens": 10**6}).encode()
     messages = [{"type": "http.request", "body": raw, "more_body": False}]
 
@@ -337,16 +344,6 @@ def test_requests_go_to_the_least_loaded_worker() -> None:
     assert [len(engine.calls) for engine in engines] == [2, 2, 2]
 
 
-class BrokenScheduler(ScriptedScheduler):
-    """Fails at a request's second token."""
-
-    def step(self) -> list[Any]:
-        tokens = super().step()
-        if any(len(token.request.tokens) == 2 for token in tokens):
-            raise RuntimeError("secret detail")
-        return tokens
-
-
 def test_a_fault_of_ours_is_an_error_object_and_the_server_lives_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -365,7 +362,7 @@ def test_a_fault_of_ours_is_an_error_object_and_the_server_lives_on(
 
 
 def test_time_runs_out() -> None:
-    with scripted([endless()], context=10**9, request_timeout=1) as served:
+    with scripted([endless()], max_context=10**9, request_timeout=1) as served:
         response = served.chat(max_tokens=MANY)
         assert response.status_code == 408 and response.json()["error"]["code"] == "timeout"
         assert response.headers["x-should-retry"] == "false"
@@ -420,7 +417,7 @@ def test_running_replies_get_time_at_the_end_and_new_ones_are_503() -> None:
 
 def test_replies_that_take_too_long_at_the_end_are_told() -> None:
     engine = endless()
-    with scripted([engine], context=10**9, grace=0.3) as served:
+    with scripted([engine], max_context=10**9, grace=0.3) as served:
         with ThreadPoolExecutor(2) as threads:
             replies = [
                 threads.submit(served.chat, max_tokens=MANY, stream=s) for s in (True, False)
@@ -437,7 +434,7 @@ def test_replies_that_take_too_long_at_the_end_are_told() -> None:
 
 def test_a_second_interrupt_ends_it_at_once() -> None:
     engine = endless()
-    with scripted([engine], context=10**9, grace=3600) as served:
+    with scripted([engine], max_context=10**9, grace=3600) as served:
         connection = served.open_request(stream=True, max_tokens=MANY)
         assert connection.recv(100)
         served.interrupt()

@@ -212,7 +212,7 @@ def test_slow_loris(open_to_all: Served) -> None:
 
 def test_who_does_not_read_is_not_waited_for() -> None:
     talkative = ScriptedEngine(script_of(TOKENIZER, "harbour " * 8), endless=True)
-    limits = {"context": 10**9, "request_timeout": 2, "max_concurrent": 64}
+    limits = {"max_context": 10**9, "request_timeout": 2, "max_concurrent": 64}
     with guarded([talkative], patience=1, send_buffer=4096, **limits) as served:
         connection = served.open_request(stream=True, max_tokens=10**6, n=64)
         ours = connection.getsockname()

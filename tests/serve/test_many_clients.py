@@ -34,7 +34,7 @@ def engines(count: int) -> list[Engine]:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    limits = {"context": CONTEXT, "max_concurrent": 16, "max_waiting": 64}
+    limits = {"max_context": CONTEXT, "max_concurrent": 16, "max_waiting": 64}
     with serving(engines(request.param), TOKENIZER, **limits) as server:
         yield server
 
@@ -204,7 +204,7 @@ class EchoScheduler(ScriptedScheduler):
 
 def test_no_secret_reaches_another_client() -> None:
     echo = ScriptedEngine([(0, 1)], delay=0.001)
-    limits = {"context": 400, "max_tokens": 300, "max_concurrent": 8}
+    limits = {"max_context": 400, "max_new_tokens": 300, "max_concurrent": 8}
     with serving([echo], TOKENIZER, make_scheduler=EchoScheduler, **limits) as served:
 
         async def client_of(client: httpx.AsyncClient, name: str, seed: int) -> None:
@@ -237,7 +237,7 @@ def test_each_gpu_has_a_worker_and_every_reply_comes_whole() -> None:
         Engine(make_ready(engine.model.float().to(f"cuda:{i}")), TOKENIZER, step="graph")
         for i, engine in enumerate(made)
     ]
-    with serving(on_gpus, TOKENIZER, context=CONTEXT) as served:
+    with serving(on_gpus, TOKENIZER, max_context=CONTEXT) as served:
         assert served.health()["workers"] == len(on_gpus)
 
         async def all_at_once() -> list[str]:

@@ -21,7 +21,9 @@ CONTEXT = 96
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     model = tiny_model("gpt", vocab_size=TOKENIZER.get_vocab_size(), sequence_len=CONTEXT)
-    with serving([Engine(model, TOKENIZER)], TOKENIZER, context=CONTEXT, max_tokens=16) as server:
+    with serving(
+        [Engine(model, TOKENIZER)], TOKENIZER, max_context=CONTEXT, max_new_tokens=16
+    ) as server:
         yield server
 
 

@@ -81,7 +81,7 @@ class Place:
 def browsing() -> Iterator[Place]:
     engine = ScriptedEngine(script_of(TOKENIZER, "Hello!"))
     arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    limits = {"context": 8192, "max_tokens": 6000, "make_scheduler": ScriptedScheduler}
+    limits = {"max_context": 8192, "max_new_tokens": 6000, "make_scheduler": ScriptedScheduler}
     with serving([engine], TOKENIZER, **limits) as served, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         expect.set_options(timeout=60_000)  # ms; a loaded machine is slow

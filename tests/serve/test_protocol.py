@@ -11,9 +11,10 @@ import pytest
 from pydantic import ValidationError
 
 from nanochat.sampling import Sampling
-from nanochat.serve.protocol import ApiError, ChatRequest, CompletionRequest, Limits, refusal
+from nanochat.serve.limits import Limits
+from nanochat.serve.protocol import ApiError, ChatRequest, CompletionRequest, refusal
 
-LIMITS = Limits(context=128, max_tokens=64, temperature=0.8, top_k=50, max_concurrent=2)
+LIMITS = Limits(max_context=128, max_new_tokens=64, temperature=0.8, top_k=50, max_concurrent=2)
 HELLO = [{"role": "user", "content": "Hello"}]
 
 

@@ -32,13 +32,14 @@ def test_impossible_addresses_are_explained(host: str, port: int, flag: str) -> 
 
 SERVER = """
 from nanochat.serve.api import create_app
-from nanochat.serve.protocol import Limits
+from nanochat.serve.limits import Limits
 from nanochat.serve.run import listen, make_server
 from tests.engines_for_tests import ScriptedEngine, ScriptedScheduler, script_of
 from tests.tokenizers_for_tests import tiny_tokenizer
 tokenizer = tiny_tokenizer()
 engine = ScriptedEngine(script_of(tokenizer, "Hello! " * 8), delay=0.03)
-app = create_app([engine], tokenizer, "tiny", Limits(128), make_scheduler=ScriptedScheduler)
+limits = Limits(max_context=128)
+app = create_app([engine], tokenizer, "tiny", limits, make_scheduler=ScriptedScheduler)
 with listen("127.0.0.1", 0) as listener:
     server = make_server(app, grace=60)
     print(listener.getsockname()[1], flush=True)
