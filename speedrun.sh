@@ -58,7 +58,7 @@ if [ "$NPROC" -eq 0 ]; then
     python -m scripts.chat_eval -i sft -a "$TASKS" -b 128 -m 100
     python -m scripts.chat_rl --task=primer-math --num_iterations=30 --num_samples=8 \
         --device_batch_size=32 --max_new_tokens=100 --init_lr_frac=0.15 --eval_every=-1 \
-        --eval_examples=500 --run="$RUN" $LR
+        --eval_examples=500 --eval_samples=0 --run="$RUN" $LR
     python -m scripts.chat_eval -i rl -a "$TASKS" -b 128 -m 100
 else
     # ---------------------------------------------------------------------------------------------

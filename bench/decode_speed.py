@@ -2,7 +2,7 @@
 How fast replies are written, beside transformers' generate with the same exported model.
 
     python -m bench.decode_speed
-    python -m bench.decode_speed --depths 8 --batches 1 --batches 4
+    python -m bench.decode_speed --models=8/8192 --batches 1 --batches 4
     python -m bench.decode_speed --device_type=cuda --size=qwen2.5-0.5b --steps graph
 
 A random model of each architecture is exported and loaded by transformers (NanoChatForCausalLM,
@@ -11,13 +11,15 @@ prompts, and the share of equal tokens is told. Ours is a scheduler (nanochat/sc
 model made ready to serve (nanochat/serving.py), once for each of --steps. In float32 on a CPU,
 in bfloat16 on a GPU. The rounds alternate, the medians count. What int8 weights cost is told in
 bits per byte, beside the same rows in float32: of a model that has learned this repository's texts
-for a minute. The result goes to bench/results/decode_speed.json.
+for a minute. The matrix products of a token are timed alone too: an engine that did nothing else
+would be "most" times as fast as transformers, which is what the same weights in the same precision
+allow. The result goes to bench/results/decode_speed.json.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
-import itertools
 import math
 import os
 import statistics
@@ -51,12 +53,11 @@ class Args:
 
     device_type: str = "cpu"
     """cpu or cuda."""
-    depths: list[int] = field(default_factory=lambda: [4, 8])
-    """Sizes of the models."""
+    models: str = "3/1536, 4/8192, 8/8192"
+    """Depth and vocabulary of each, of both architectures; the first is what speedrun.sh trains on
+    a CPU. The tokenizers are trained on this repository's texts."""
     size: str = ""
-    """A named size (qwen2.5-0.5b) in place of both architectures at --depths."""
-    vocab_size: int = 8192
-    """Tokens of the tokenizer, which is trained on this repository's texts."""
+    """A named size (qwen2.5-0.5b, vocabulary 8,192) in place of --models."""
     prompt_tokens: int = 48
     """Length of the prompts."""
     new_tokens: int = 128
@@ -135,6 +136,25 @@ def ours_of(engine: Engine, batch: int, new_tokens: int) -> Callable[[Any], list
     return generate
 
 
+def products_of(model: Any, batch: int, new_tokens: int) -> Callable[[Any], list[list[int]]]:
+    """The matrix products of so many tokens in each row, and nothing else."""
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    if getattr(model, "lm_head", None) is None:  # the embedding is the head
+        weights.append(model.head_weight)
+    inputs = [weight.new_ones(batch, weight.size(1)) for weight in weights]
+
+    @torch.inference_mode()
+    def run(prompts: Any) -> list[list[int]]:
+        for _ in range(new_tokens):
+            for x, weight in zip(inputs, weights):
+                torch.nn.functional.linear(x, weight)
+        if weights[0].is_cuda:
+            torch.cuda.synchronize()
+        return []
+
+    return run
+
+
 def compare(
     arch: str, depth: int, args: Args, tokenizer: Tokenizer, folder: Path
 ) -> list[dict[str, Any]]:
@@ -160,6 +180,7 @@ def compare(
         writers = {step: ours_of(e, batch, args.new_tokens) for step, e in engines.items()}
         if peer is not None:
             writers["transformers"] = lambda prompts, peer=peer: peer(prompts, args.new_tokens)
+            writers["products"] = products_of(model, batch, args.new_tokens)
         taken: dict[str, list[float]] = {name: [] for name in writers}
         ids: dict[str, list[list[int]]] = {}
         for _ in range(args.rounds):
@@ -170,6 +191,7 @@ def compare(
             row = {
                 "arch": arch,
                 "depth": depth,
+                "vocab_size": tokenizer.get_vocab_size(),
                 "batch": batch,
                 "step": step,
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -182,6 +204,8 @@ def compare(
                 row |= {
                     "transformers_tokens_per_second": _rate(batch, args, theirs),
                     "times": statistics.median(theirs[1:]) / statistics.median(taken[step][1:]),
+                    "most": statistics.median(theirs[1:])
+                    / statistics.median(taken["products"][1:]),
                     "equal_tokens": sum(same) / len(same),
                 }
             said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
@@ -190,10 +214,10 @@ def compare(
     return rows
 
 
-def int8_quality(arch: str, args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
+def int8_quality(arch: str, depth: int, args: Args, tokenizer: Tokenizer) -> dict[str, Any]:
     """Bits per byte of float32 and int8 weights on the same rows, which training did not see."""
     device, T = torch.device(args.device_type), 128
-    config, _ = make_config(arch, args.depths[0], tokenizer.get_vocab_size(), T)
+    config, _ = make_config(arch, depth, tokenizer.get_vocab_size(), T)
     model = build_model(config, device, seed=1)
     paths = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/**/*.py")])
     documents = tokenizer.encode([p.read_text(encoding="utf-8") for p in paths])
@@ -242,14 +266,15 @@ def main(args: Args) -> None:
         torch.set_num_threads(args.threads)
     elif args.device_type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
-    tokenizer = tokenizer_of(args.vocab_size)
+    sizes = [tuple(map(int, words.split("/"))) for words in args.models.split(",")]
+    tokenizer = functools.cache(tokenizer_of)
+    models = [("gpt", *size) for size in sizes] + [("qwen2.5", *size) for size in sizes]
     rows: list[dict[str, Any]] = []
-    models = [(args.size, 0)] if args.size else itertools.product(("gpt", "qwen2.5"), args.depths)
-    for arch, depth in models:
+    for arch, depth, vocab_size in [(args.size, 0, 8192)] if args.size else models:
         with tempfile.TemporaryDirectory() as folder:
-            rows += compare(arch, depth, args, tokenizer, Path(folder) / "model")
+            rows += compare(arch, depth, args, tokenizer(vocab_size), Path(folder) / "model")
     quality = [
-        int8_quality(arch, args, tokenizer)
+        int8_quality(arch, 4, args, tokenizer(8192))
         for arch in (ARCHITECTURES if args.quality_steps else ())
     ]
     if args.out:

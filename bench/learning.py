@@ -3,16 +3,19 @@ What a model has learned after so many tokens: bits per byte of the architecture
 
     python -m bench.learning --data=../shared/data/fineweb_like
     python -m bench.learning --data=... --depths=4,6 --archs=gpt,turbo --seeds=3
+    python -m bench.learning --data=... --peer=/path/to/karpathy/nanochat   # that beside it
 
 Trains a tokenizer of 8,192 tokens on 40M characters, then each architecture at each depth and seed
 by scripts.base_train with its defaults, on rows of 512 tokens, and measures validation bits per
 byte over 262,144 tokens of the last shard, at a third, two thirds and the end. The conditions are
-those of the figure for karpathy/nanochat in PEER: the same data, tokens, rows and evaluation. Runs
-that are done are not run again. What was tried on the way to the defaults: bench/LEARNING.md.
+those of the figure for karpathy/nanochat in PEER: the same data, tokens, rows and evaluation. With
+--peer its model and optimizer train on our rows, too (learning_peer.py). Runs that are done are not
+run again. What was tried on the way to the defaults: bench/LEARNING.md.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,14 +24,23 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from bench import surroundings
+from bench.train_speed import peer_checkout
 from nanochat import flags
-from nanochat.common import UserError, print0, read_jsonl, write_json
+from nanochat.common import UserError, print0, read_json, read_jsonl, write_json
+from nanochat.dataloader import RowReader
+from nanochat.dataset import split_files
+from nanochat.text_source import TextSource
+from nanochat.tokenizer import get_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 RESULT = REPO / "bench" / "results" / "learning.json"
 TOKENS = 2_457_600  # 300 steps of 8,192
 EVAL_TOKENS = 262_144
+ROW = 512  # tokens
+PEER_BATCH = 8192  # tokens a step
 
 # karpathy/nanochat, July 2026 (92d63d4), d4: bits per byte by tokens, 12.1 minutes on two cores.
 PEER = {819_200: 2.476, 1_638_400: 2.131, TOKENS: 2.018}
@@ -50,6 +62,8 @@ class Args:
     """Runs of each."""
     tokens: int = TOKENS
     """Tokens of each run."""
+    peer: Path | None = None
+    """A checkout of karpathy/nanochat, to be run once at each depth."""
     flags: str = ""
     """More flags for base_train, in one string."""
     out: Path = RESULT
@@ -59,7 +73,8 @@ class Args:
 def main(args: Args) -> None:
     if not list(args.data.glob("*.parquet")):
         raise UserError(f"--data={args.data} holds no parquet shards")
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(args.base_dir)}
+    os.environ["NANOCHAT_BASE_DIR"] = str(args.base_dir)
+    env = dict(os.environ)
     ensure_tokenizer(env, args.base_dir, args.data)
     runs = []
     for depth in args.depths.split(","):
@@ -71,9 +86,10 @@ def main(args: Args) -> None:
                 print0(
                     f"{arch} d{depth} seed {seed}: {runs[-1]['bpb']} in {runs[-1]['minutes']} min"
                 )
+    peer_runs = [one_of_peer(args, int(depth)) for depth in args.depths.split(",") if args.peer]
     write_json(
         args.out,
-        {**surroundings(), "peer": PEER, "runs": runs,
+        {**surroundings(), "peer": PEER, "runs": runs, "peer_runs": peer_runs,
          "summary": summary(runs)},
     )  # fmt: skip
     print0(f"written to {args.out}")
@@ -85,7 +101,7 @@ def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> di
     log = args.base_dir / "base_checkpoints" / tag / "log.jsonl"
     command = [
         f"--arch={arch}", f"--depth={depth}", f"--model_tag={tag}", f"--seed={seed}", "--resume",
-        f"--data={args.data.resolve()}", "--max_seq_len=512", "--core_metric_every=-1",
+        f"--data={args.data.resolve()}", f"--max_seq_len={ROW}", "--core_metric_every=-1",
         f"--target_tokens={args.tokens}", f"--eval_tokens={EVAL_TOKENS}", *args.flags.split(),
     ]  # fmt: skip
     if run_record(log) is None:
@@ -95,6 +111,44 @@ def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> di
         "flags": [flag for flag in command if not flag.startswith("--data=")],  # no paths of ours
         **(run_record(log) or {}),
     }  # fmt: skip
+
+
+def one_of_peer(args: Args, depth: int) -> dict[str, Any]:
+    """The same of karpathy/nanochat's model, on the rows that ours trained on."""
+    result = args.base_dir / f"peer-d{depth}-{args.tokens}.json"
+    if not result.exists():
+        steps = args.tokens // PEER_BATCH
+        spec = {
+            "peer": str(peer_checkout(args.peer)), "rows": str(write_rows(args)), "depth": depth,
+            "steps": steps, "evals": [steps // 3, 2 * steps // 3, steps], "seed": 0,
+            "tokens_per_step": PEER_BATCH,
+        }  # fmt: skip
+        worker = [sys.executable, str(REPO / "bench" / "learning_peer.py"), json.dumps(spec)]
+        done = subprocess.run(worker, stdout=subprocess.PIPE, check=False, text=True)
+        if done.returncode:
+            raise UserError(f"{worker[1]} ended with status {done.returncode}")
+        write_json(result, {"depth": depth, **json.loads(done.stdout.splitlines()[-1])})
+    found = read_json(result)
+    print0(f"karpathy/nanochat d{depth}: {found['bpb']} in {found['minutes']} min")
+    return found
+
+
+def write_rows(args: Args) -> Path:
+    """The rows that scripts.base_train takes and measures, in one file."""
+    path = args.base_dir / f"rows-{args.tokens}.npz"
+    if not path.exists():
+        tokenizer, files = get_tokenizer(), split_files(str(args.data.resolve()))
+        bos = tokenizer.get_bos_token_id()
+        rows = {}
+        for name, of, tokens in (
+            ("train", files.train, args.tokens), ("val", [files.val], EVAL_TOKENS)
+        ):  # fmt: skip
+            keep = files.keep_train if name == "train" else files.keep_val
+            reader = RowReader(TextSource(of, tokenizer, keep), ROW + 1, 0, bos)
+            x, y = reader.read(0, tokens // ROW)
+            rows |= {f"{name}_x": x.astype(np.uint16), f"{name}_y": y.astype(np.uint16)}
+        np.savez(path, **rows, token_bytes=tokenizer.token_bytes)
+    return path
 
 
 def ensure_tokenizer(env: dict[str, str], base_dir: Path, data: Path) -> None:
@@ -142,6 +196,26 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "seeds": len(same),
         }
     return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The passage of bench/LEARNING.md: ours beside karpathy/nanochat's, at equal tokens."""
+    lines = ["| | tokens | turbo, its defaults | karpathy/nanochat |", "|---|---|---|---|"]
+    for result in results:
+        for theirs in result["peer_runs"]:
+            runs = [
+                r for r in result["runs"] if (r["arch"], r["depth"]) == ("turbo", theirs["depth"])
+            ]
+            last = max(map(int, theirs["bpb"]))
+            for tokens, bpb in theirs["bpb"].items():
+                ours = [run["bpb"][tokens] for run in runs if tokens in run["bpb"]]
+                of = "the end" if int(tokens) == last else f"of a run of {last / 1e6:.2f} M"
+                if ours:
+                    lines.append(
+                        f"| d{theirs['depth']} | {int(tokens) / 1e6:.2f} M, {of} "
+                        f"| {mean(ours):.3f} | {bpb:.3f} |"
+                    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

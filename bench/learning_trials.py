@@ -23,20 +23,21 @@ from statistics import mean, stdev
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from bench import surroundings
 from bench.learning import ensure_tokenizer, run, run_record
 from nanochat import flags
 from nanochat.common import UserError, print0, write_json
-from nanochat.dataloader import MicroBatch, StepLoader
+from nanochat.dataloader import MicroBatch, RowReader, StepLoader
 from nanochat.models import turbo
 from nanochat.train import Trainer
 from scripts import base_train
 
 REPO = Path(__file__).resolve().parent.parent
 RESULT = REPO / "bench" / "results" / "learning_trials.json"
-TOKENS, BATCH, EVAL_TOKENS = 409_600, 2048, 131_072
+TOKENS, BATCH, ROW, EVAL_TOKENS = 409_600, 2048, 512, 131_072
 
 
 @dataclass
@@ -118,6 +119,43 @@ def batch_ramp(small_steps: int, factor: int) -> Callable[[ExitStack], None]:
     return set_to(StepLoader, "step", step)
 
 
+def second_epoch(reshuffled: bool) -> Callable[[ExitStack], None]:
+    """The change that trains on the first half of the rows twice, in the second epoch in the same
+    order or in another."""
+    half = TOKENS // 2 // ROW
+    order = np.random.default_rng(0).permutation(half) if reshuffled else np.arange(half)
+    read = RowReader.read_rows
+
+    def read_rows(reader: RowReader, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        wanted = np.where(rows < half, rows, order[rows % half])  # validation has fewer rows
+        ascending = np.argsort(wanted)
+        idx, targets = read(reader, wanted[ascending])
+        back = np.argsort(ascending)
+        return idx[back], targets[back]
+
+    return set_to(RowReader, "read_rows", read_rows)
+
+
+def rate_by_frequency(power: float) -> Callable[[ExitStack], None]:
+    """The change that multiplies the embedding's rate, for each token, by how often it came so far
+    (in units of the mean) to this power, at least by 1/4 and at most by 4."""
+    take = Trainer.step
+    counts: dict[str, torch.Tensor] = {}
+
+    def step(trainer: Trainer, batches: list[MicroBatch], *args: Any) -> None:
+        weight = trainer.model.wte.weight
+        seen = counts.setdefault("seen", torch.zeros(weight.size(0)))
+        for batch in batches:
+            seen += torch.bincount(batch.idx.flatten(), minlength=len(seen))
+        before = weight.detach().clone()
+        take(trainer, batches, *args)
+        factor = (seen / seen.mean()).clamp(min=1e-3).pow(power).clamp(0.25, 4)
+        with torch.no_grad():
+            weight.copy_(before + factor[:, None] * (weight - before))
+
+    return set_to(Trainer, "step", step)
+
+
 TRIALS = {
     "base": Trial("turbo as it is"),
     "no windows": Trial(
@@ -156,6 +194,7 @@ TRIALS = {
         "Muon's momentum 0.95 throughout",
         change=set_to(base_train, "muon_momentum", lambda step: 0.95),
     ),
+    "no clipping": Trial("gradients are not clipped", ["--grad_clip=0"]),
     "no weight decay": Trial("no weight decay", ["--weight_decay=0"]),
     "rates x 1.5": Trial(
         "all rates x 1.5",
@@ -165,6 +204,29 @@ TRIALS = {
         "all rates x 0.67",
         ["--embedding_lr=0.2", "--unembedding_lr=0.0053", "--matrix_lr=0.0133",
          "--scalar_lr=0.067"],
+    ),
+    "batch 1024": Trial(
+        "1,024 tokens a step", ["--total_batch_size=1024", "--num_iterations=400"]
+    ),
+    "batch 4096": Trial(
+        "4,096 tokens a step", ["--total_batch_size=4096", "--num_iterations=100"]
+    ),
+    "head x 2": Trial("the head's rate x 2", ["--unembedding_lr=0.016"]),
+    "warmup 10": Trial("warmup of 10 steps, not 40", ["--warmup_steps=10"]),
+    "warmup 80": Trial("warmup of 80 steps", ["--warmup_steps=80"]),
+    "scalars 0.5": Trial("the scalars' rate 0.5, not 0.1", ["--scalar_lr=0.5"]),
+    "same epoch twice": Trial(
+        "half of the text twice, in the same order", change=second_epoch(reshuffled=False)
+    ),
+    "reshuffled": Trial(
+        "half of the text twice, reshuffled", change=second_epoch(reshuffled=True)
+    ),
+    "frequent faster": Trial(
+        "embedding's rate by a token's frequency, to the power 1/4", change=rate_by_frequency(0.25)
+    ),
+    "rare faster": Trial(
+        "embedding's rate by a token's frequency, to the power -1/4",
+        change=rate_by_frequency(-0.25),
     ),
     "gpt": Trial("the GPT with the same training", ["--arch=gpt"]),
 }  # fmt: skip
@@ -190,7 +252,7 @@ def command(trial: Trial, name: str, seed: int, data: Path) -> tuple[str, list[s
     """(tag, flags for base_train) of a trial with a seed; later flags win over earlier ones."""
     tag = f"trial-{name.replace(' ', '-').replace('%', '')}-s{seed}"
     plain = [
-        "--arch=turbo", "--depth=4", "--max_seq_len=512", f"--total_batch_size={BATCH}",
+        "--arch=turbo", "--depth=4", f"--max_seq_len={ROW}", f"--total_batch_size={BATCH}",
         f"--num_iterations={TOKENS // BATCH}", f"--eval_tokens={EVAL_TOKENS}",
         "--eval_every=100000", "--core_metric_every=-1", "--sample_every=-1", "--compile=off",
         f"--seed={seed}", f"--data={data.resolve()}", f"--model_tag={tag}",

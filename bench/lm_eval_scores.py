@@ -13,15 +13,16 @@ row as a task of its own making: the text before the answer, the options, the ri
 
 Compared are, row by row: the tokens and where the answer begins in them, the log-likelihood of
 every option and whether it is what greedy decoding would write; and from these lm-eval's acc,
-acc_norm and perplexity, and CORE's prediction.
+acc_norm and perplexity, and CORE's prediction. PIQA is asked besides in the words of lm-eval's own
+task (bench/lm_eval_piqa.py); where the bundle lacks it, rows of ours stand in for it.
 
 Three things must be set for the numbers to be the same: lm-eval's add_bos_token, since every text
 begins with <|bos|> in training; max_length one less than the context, since lm-eval keeps one
 token more of a text that is too long; float32. And CORE scores an option by its mean loss over the
 tokens that differ between the options, which lm-eval has no metric for: where all options begin
 with the same tokens, the row is given to lm-eval a second time, cut there. Where that is within a
-word the text cannot be cut so that the tokens stay the same: such rows are compared in everything
-but CORE's prediction ("core": "rows" counts the others).
+word the text cannot be cut so that the tokens stay the same: lm-eval's scoring gets such rows
+besides as tokens, cut where CORE begins ("by_tokens" counts them).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from typing import Any, NamedTuple
 from bench import surroundings
 from bench.bpe_common import RESULTS
 from bench.lm_eval_chat import chat_disagreement, measure_chat
+from bench.lm_eval_piqa import NAME as PIQA
+from bench.lm_eval_piqa import compare_piqa, piqa_task, write_piqa
 from bench.lm_eval_rows import document, pairs_of, probes_of, recut, write_task
 from nanochat import flags
 from nanochat.checkpoint import load_model
@@ -48,6 +51,7 @@ from nanochat.common import UserError, get_base_dir, print0, read_json, write_js
 from nanochat.evals.core import (
     CoreTask,
     Item,
+    Probe,
     evaluated_rows,
     fewshot_indices,
     find_spans,
@@ -98,7 +102,7 @@ class Row(NamedTuple):
     item: Item
     document: Item
     again: Item | None  # cut where CORE begins to score, if that is elsewhere
-    askable: bool  # False where CORE begins within a word, where no text can be cut
+    spans: list[Probe] | None  # the tokens to ask about, where that is within a word
 
 
 @dataclass
@@ -131,7 +135,7 @@ def make_test(task: CoreTask, max_items: int, tokenizer: Any) -> Test:
         same = ours == probes_of(tokenizer, pairs_of(cut))
         again = None if same else recut(tokenizer, task.kind, ours, item.get("gold", 0))
         askable = again is None or ours == probes_of(tokenizer, pairs_of(again))
-        rows.append(Row(item, cut, again, askable))
+        rows.append(Row(item, cut, again, None if askable else ours))
     return Test(task, items, indices, rows)
 
 
@@ -150,10 +154,14 @@ def core_prediction(kind: str, found: Item) -> int:
 
 def our_row(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Item:
     """What the worker finds for a row, by our own code."""
-    probes = probes_of(tokenizer, pairs)
+    found = our_scores(model, probes_of(tokenizer, pairs))
+    return {"pairs": [list(pair) for pair in pairs], **found}
+
+
+def our_scores(model: Any, probes: Sequence[Probe]) -> Item:
+    """Log-likelihoods of tokens, and whether they are what greedy decoding would write."""
     scores = score_sequences(model, [crop(p, model.config.sequence_len) for p in probes])
     return {
-        "pairs": [list(pair) for pair in pairs],
         "ids": [probe.ids for probe in probes],
         "starts": [probe.start for probe in probes],
         "lls": [-s.loss * (len(p.ids) - p.start) for s, p in zip(scores, probes)],
@@ -188,19 +196,18 @@ def compare(test: Test, theirs: dict[str, Any], model: Any, tokenizer: Any) -> d
     our_recuts = [
         our_row(model, tokenizer, pairs_of(row.again)) if row.again else None for row in test.rows
     ]
+    tokens = iter(theirs.get(f"{test.name}_tokens", {"rows": []})["rows"])
+    by_tokens = [next(tokens) if row.spans else None for row in test.rows]
+    our_spans = [our_scores(model, row.spans) if row.spans else None for row in test.rows]
     pairs = [
         (a, b)
-        for a, b in zip([*ours, *our_recuts], [*found, *recuts])
+        for a, b in zip([*ours, *our_recuts, *our_spans], [*found, *recuts, *by_tokens])
         if a is not None and b is not None
     ]
     lls = [(x, y) for a, b in pairs for x, y in zip(a["lls"], b["lls"])]
-    chosen = [core_prediction(kind, b or a) for a, b in zip(found, recuts)]
+    chosen = [core_prediction(kind, c or b or a) for a, b, c in zip(found, recuts, by_tokens)]
     predicted = predict_task(test.task, test.items, test.indices, model, tokenizer)
-    answers = [
-        (p, c, gold(test.task, row.item))
-        for p, c, row in zip(predicted, chosen, test.rows)
-        if row.askable
-    ]
+    golds = [gold(test.task, row.item) for row in test.rows]
     limit = model.config.sequence_len
     return {
         "task": test.task.label,
@@ -212,15 +219,14 @@ def compare(test: Test, theirs: dict[str, Any], model: Any, tokenizer: Any) -> d
         "chance": round(test.task.baseline / 100, 4),
         "loglikelihoods": len(lls),
         "max_diff": max(abs(x - y) for x, y in lls),
-        "other_texts": sum(a["pairs"] != b["pairs"] for a, b in pairs),
+        "by_tokens": len(by_tokens) - by_tokens.count(None),
+        "other_texts": sum(a.get("pairs") != b.get("pairs") for a, b in pairs),
         "other_tokens": sum((a["ids"], a["starts"]) != (b["ids"], b["starts"]) for a, b in pairs),
         "other_greedy": sum(a["greedy"] != b["greedy"] for a, b in pairs),
-        "other_predictions": sum(p != c for p, c, _ in answers),
+        "other_predictions": sum(p != c for p, c in zip(predicted, chosen)),
         "core": {
-            "rows": len(answers),
-            # Where every row's options part within a word there is nothing to be asked
-            "ours": sum(p == g for p, _, g in answers) / max(1, len(answers)),
-            "lm_eval": sum(c == g for _, c, g in answers) / max(1, len(answers)),
+            "ours": sum(p == g for p, g in zip(predicted, golds)) / len(golds),
+            "lm_eval": sum(c == g for c, g in zip(chosen, golds)) / len(golds),
         },
         "metrics": {"ours": metrics_of(test, ours), "lm_eval": theirs[test.name]["metrics"]},
     }
@@ -243,9 +249,19 @@ def disagreement(row: dict[str, Any]) -> str:
         for key in sorted(set(ours) & set(theirs))
         if not math.isclose(ours[key], theirs[key], rel_tol=CLOSE)
     ]
-    if row["core"]["ours"] != row["core"]["lm_eval"]:
-        wrong.append(f"CORE's accuracy {row['core']}")
+    core = row.get("core")  # not where lm-eval's words are its own
+    if core and core["ours"] != core["lm_eval"]:
+        wrong.append(f"CORE's accuracy {core}")
     return ", ".join(wrong)
+
+
+def all_disagreements(model: dict[str, Any]) -> list[str]:
+    """What differs on all that a model was asked."""
+    found = {f"{row['task']} {row['shots']} shots": disagreement(row) for row in model["tasks"]}
+    found["chat"] = chat_disagreement(model["chat"], CLOSE)
+    if "piqa" in model:
+        found[PIQA] = disagreement(model["piqa"])
+    return [f"{model['arch']} {name}: {wrong}" for name, wrong in found.items() if wrong]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,11 +337,20 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
                 write_task(peer, name, test.task.kind, documents)
                 names.append(name)
     used = [names for names in calls if names]
+    piqa = next(
+        (t for t in tests if t.task.path.parent == folder and t.task.num_fewshot == 0), None
+    )
+    own = [write_piqa(peer, piqa.indices)] if piqa else []
+    used += [[PIQA]] if piqa else []
 
     def ask(**spec: Any) -> dict[str, Any]:
         return ask_lm_eval(args, max_length=model.config.sequence_len - 1, **spec)
 
-    theirs = ask(folder=peer, model=folder / arch, calls=used, chat=False)
+    tokens = {test.name: [row.spans for row in test.rows if row.spans] for test in tests}
+    theirs = ask(
+        folder=peer, model=folder / arch, calls=used, chat=False, own=own,
+        tokens={name: spans for name, spans in tokens.items() if spans},
+    )  # fmt: skip
     rows = []
     for test in tests:
         rows.append(compare(test, theirs["tasks"], model, tokenizer))
@@ -338,44 +363,46 @@ def measure(arch: str, args: Args, tasks: Sequence[CoreTask], folder: Path) -> d
     (peer / "chat").mkdir()
     chat = measure_chat(peer / "chat", chat_items[: 5 * args.items], model, tokenizer, ask)
     print0(f"{arch} chat: max diff {chat['max_diff']:.1e}  {chat_disagreement(chat, CLOSE)}")
-    return {"arch": arch, "peer_versions": theirs["versions"], "tasks": rows, "chat": chat}
+    result = {"arch": arch, "peer_versions": theirs["versions"], "tasks": rows, "chat": chat}
+    if piqa:
+        ours = [our_row(model, tokenizer, pairs_of(row.document)) for row in piqa.rows]
+        result["piqa"] = compare_piqa(ours, metrics_of(piqa, ours), theirs["tasks"][PIQA])
+        print0(f"{arch} {PIQA}: {disagreement(result['piqa'])}")
+    return result
 
 
 def ask_lm_eval(args: Args, folder: Path, **spec: Any) -> dict[str, Any]:
     """Runs the worker on the tasks in `folder`; what it found."""
     spec = {key: str(v) if isinstance(v, Path) else v for key, v in spec.items()}
-    words = json.dumps({**spec, "folder": str(folder), "batch_size": args.batch_size})
+    write_json(folder / "spec.json", {**spec, "batch_size": args.batch_size})
     worker = str(Path(__file__).with_name("lm_eval_worker.py"))
     # -I: without the worker's own folder on the path, and so without our modules
-    run(args.peer_python, "-I", worker, words, base_dir=folder)
+    run(args.peer_python, "-I", worker, str(folder), base_dir=folder)
     return read_json(folder / "found.json")
+
+
+def chosen_tasks(args: Args, tasks: list[CoreTask]) -> list[CoreTask]:
+    """Those of --tasks."""
+    names = args.tasks.split("|") if args.tasks else [task.label for task in tasks]
+    unknown = set(names) - {task.label for task in tasks}
+    if unknown:
+        raise UserError(f"--tasks: the bundle has no {', '.join(sorted(unknown))}")
+    return [task for task in tasks if task.label in names]
 
 
 def main(args: Args) -> None:
     """Compares on both architectures, and ends in an error where the two disagree."""
     load_before = os.getloadavg()[0]
-    tasks = read_bundle(Path(args.bundle or get_base_dir() / "eval_bundle"))
-    if args.tasks:
-        unknown = set(args.tasks.split("|")) - {task.label for task in tasks}
-        if unknown:
-            raise UserError(f"--tasks: the bundle has no {', '.join(sorted(unknown))}")
-        tasks = [task for task in tasks if task.label in args.tasks.split("|")]
+    bundle = read_bundle(Path(args.bundle or get_base_dir() / "eval_bundle"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(args.base_dir or name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        if all(task.label != "piqa" for task in bundle):
+            bundle.append(piqa_task(folder))
+        tasks = chosen_tasks(args, bundle)
         write_texts(tasks, args.items, folder)
         models = [measure(arch, args, tasks, folder) for arch in ARCHS]
-    wrong = [
-        f"{model['arch']} {row['task']} {row['shots']} shots: {disagreement(row)}"
-        for model in models
-        for row in model["tasks"]
-        if disagreement(row)
-    ]
-    wrong += [
-        f"{model['arch']} chat: {chat_disagreement(model['chat'], CLOSE)}"
-        for model in models
-        if chat_disagreement(model["chat"], CLOSE)
-    ]
+    wrong = [text for model in models for text in all_disagreements(model)]
     result = {
         "settings": {"rows": args.items, "steps": args.steps, "tasks": [t.label for t in tasks]},
         "max_diff": max(row["max_diff"] for model in models for row in model["tasks"]),

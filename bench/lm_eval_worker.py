@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 
-def main(spec: dict) -> None:
-    folder = Path(spec["folder"])
+def main(folder: Path) -> None:
+    spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     # Before the imports, which read them
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(folder / "cache"))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -33,6 +33,8 @@ def main(spec: dict) -> None:
         add_bos_token=True,
         max_length=spec["max_length"],
     )
+    for own in spec.get("own", []):
+        borrow(folder, **own)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     out: dict = {"tasks": {}}
     # A call for each list: in one call lm-eval 0.4.13 takes two requests of the same tokens, cut at
@@ -50,9 +52,37 @@ def main(spec: dict) -> None:
             }
             rows = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
             out["tasks"][name] = {"metrics": metrics, "rows": [row_of(model, row) for row in rows]}
+    for name, rows in spec.get("tokens", {}).items():
+        found = [scores_of(model, probes) for probes in rows]
+        out["tasks"][f"{name}_tokens"] = {"rows": found}
     packages = ("lm_eval", "transformers", "tokenizers", "torch", "datasets")
     out["versions"] = {name: importlib.metadata.version(name) for name in packages}
     (folder / "found.json").write_text(json.dumps(out), encoding="utf-8")
+
+
+def borrow(folder: Path, task: str, name: str, rows: str) -> None:
+    """A task as lm-eval itself describes it, with our rows in place of its data set."""
+    import lm_eval.tasks
+    import yaml
+
+    path = Path(lm_eval.tasks.__file__).parent / task / f"{task}.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config |= {"task": name, "dataset_path": "json", "dataset_name": None, "training_split": None}
+    config["dataset_kwargs"] = {"data_files": {config["validation_split"]: rows}}
+    config["num_fewshot"] = 0
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def scores_of(model, probes: list) -> dict:
+    """What lm-eval's scoring makes of one row's tokens, each option with where it begins."""
+    requests = [(("", ""), ids[:start], ids[start:]) for ids, start in probes]
+    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    return {
+        "ids": [ids for ids, _ in probes],
+        "starts": [start for _, start in probes],
+        "lls": [float(ll) for ll, _ in found],
+        "greedy": [bool(greedy) for _, greedy in found],
+    }
 
 
 def row_of(model, sample: dict) -> dict:
@@ -72,4 +102,4 @@ def row_of(model, sample: dict) -> dict:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(Path(sys.argv[1]))

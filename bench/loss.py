@@ -54,7 +54,7 @@ class Args(flags.DeviceFlags):
     vocab_size: int = 8192
     """Tokens of the vocabulary."""
     softcap: float = 15.0
-    """Cap of the logits; "torch" is measured without one, beside "plain" without one."""
+    """Cap of the logits; "torch" is measured without one, beside the others without one."""
     chunks: str = "64 128 256 512 1024 2048 4096"
     """Positions in a chunk, to be tried."""
     compiled: bool = False
@@ -90,12 +90,14 @@ def function_of(way: str, chunk: int, softcap: float) -> Loss:
 
 def ways(args: Args, device: str) -> list[tuple[str, int, float]]:
     """(way, chunk, softcap) of every row of the table; chunk 0: there is none."""
-    chunks = {int(c) for c in args.chunks.split()} | {chunk_rows(args.vocab_size, device, "sum")}
+    default = chunk_rows(args.vocab_size, device, "sum")
+    chunks = {int(c) for c in args.chunks.split()} | {default}
     tried = sorted(c for c in chunks if c < args.rows)
     table = [("plain", 0, args.softcap)]
     table += [(way, c, args.softcap) for way in ("sum", "rows") for c in tried]
     if args.softcap:
         table.append(("plain", 0, 0.0))
+        table += [("sum", c, 0.0) for c in tried if c == default]
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         table.append(("torch", 0, 0.0))
     return table
@@ -167,7 +169,8 @@ def main(args: Args) -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             found = pool.submit(measure, args, device, *row).result()
         table.append(found)
-        mark = "  <- the default" if found["way"] == "sum" and found["chunk"] == default else ""
+        ours = (found["way"], found["chunk"], found["softcap"]) == ("sum", default, args.softcap)
+        mark = "  <- the default" if ours else ""
         print0(
             f"{found['way']:<8}{found['chunk'] or '':>7}{found['softcap']:>6g}"
             f"{found['fastest_ms']:>12.2f}{found['median_ms']:>12.2f}"

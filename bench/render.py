@@ -11,14 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import bpe_table, learning_trials, speedrun_cpu
+from bench import learning as learning_bench
 from nanochat import flags
+from nanochat.budget import share_of_peak
+from nanochat.cluster import Cluster, find_gpu
 from nanochat.common import UserError, atomic_write, print0, read_json
 from nanochat.dataset import PrepareArgs
+from nanochat.models import make_config
 from nanochat.prepare import estimate
+from nanochat.traffic import Work, step_time, transfers
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "bench" / "results"
@@ -83,11 +89,27 @@ def train_speed(result: Result) -> Row:
 
 
 def learning(result: Result) -> Row:
-    tokens, peer = list(result["peer"].items())[-1]
-    ours = result["summary"]["turbo d4"]
+    peer = find(result["peer_runs"], depth=4)
+    ours, tokens = result["summary"]["turbo d4"], max(map(int, peer["bpb"]))
     return (
-        f"learning: bits per byte after {int(tokens) / 1e6:.2f}M tokens, d4", f"{ours['bpb']:.3f}",
-        f"{peer:.3f}, karpathy/nanochat's model", "",
+        f"learning: bits per byte after {tokens / 1e6:.2f}M tokens, d4", f"{ours['bpb']:.3f}",
+        f"{peer['final']:.3f}, karpathy/nanochat's model", "",
+    )  # fmt: skip
+
+
+def decoding(depth: int, result: Result) -> Row:
+    rows = [
+        find(result["rows"], arch="gpt", depth=depth, step="compiled", batch=batch)
+        for batch in (1, 16)
+    ]
+    ours, theirs = (
+        " and ".join(f"{row[f'{who}_tokens_per_second']:,.0f}" for row in rows)
+        for who in ("ours", "transformers")
+    )
+    return (
+        f"decoding d{depth}, vocabulary {rows[0]['vocab_size']:,}, 1 and 16 rows",
+        f"{ours} tokens/s", f"{theirs} tokens/s, transformers",
+        " and ".join(times(row["times"]) for row in rows),
     )  # fmt: skip
 
 
@@ -138,6 +160,8 @@ PERFORMANCE: list[tuple[str, Callable[[Result], Row]]] = [
     ("bpe_encoding", bpe_encoding),
     ("train_speed", train_speed),
     ("learning", learning),
+    ("decode_speed", partial(decoding, 3)),
+    ("decode_speed", partial(decoding, 4)),
     ("core_speed", core_speed),
     ("rl_speed", rl_speed),
     ("memory", memory),
@@ -211,6 +235,10 @@ def bpe() -> str:
     return bpe_table.passage(*map(load, ("bpe_training_50mb", "bpe_training", "bpe_encoding")))
 
 
+def learned() -> str:
+    return learning_bench.table([load(name) for name in ("learning", "learning_d6")])
+
+
 def trials() -> str:
     return learning_trials.table(load("learning_trials"))
 
@@ -220,14 +248,55 @@ def prepare() -> str:
     return f"```\n{estimate(flags.cores, flags.core_hour_price)}\n```"
 
 
+# What docs/many_machines.md shows: model, flag of scripts.plan, --shard, tokens a step
+TWO_NODES = [
+    ("d20", ("gpt", 20, 65_536), "zero", 2**19),
+    ("7B", ("qwen2.5-7b", 0, 151_665), "fsdp", 2**20),
+    ("7B", ("qwen2.5-7b", 0, 151_665), "hsdp", 2**20),
+]
+LENGTH, MICRO_BATCH = 2048, 4  # tokens of a row, rows
+WAYS_OUT = [("8 × 400 Gb/s", 50e9), ("1 × 100 Gb/s", 100e9 / 8 / 8)]  # a node's, bytes/s of a GPU
+
+
+def two_nodes() -> str:
+    """A step's time on two nodes, by nanochat/traffic.py."""
+    gpu = find_gpu("h100")
+    clusters = [Cluster(gpu, 8, 2, network) for _, network in WAYS_OUT]
+    lines = [
+        f"| {clusters[0]} | tokens a step | computing | out of each node "
+        + "".join(f"| waiting, {name} " for name, _ in WAYS_OUT) + "|",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, (arch, depth, vocab_size), shard, tokens in TWO_NODES:
+        config = make_config(arch, depth, vocab_size, LENGTH)[0]
+        micro = tokens // (clusters[0].gpus * MICRO_BATCH * LENGTH)
+        work = Work.of(config, tokens, micro)
+        params = sum(shape.numel() for unit in work.units for shape in unit)
+        share = share_of_peak(gpu.name, params, -1)
+        steps = [step_time(work, shard, cluster, share.value) for cluster in clusters]
+        left = sum(t.leaves_node(clusters[0]) for t in transfers(work, shard, clusters[0]))
+        waiting = [step.total - step.passes - step.update for step in steps]
+        lines.append(
+            f"| {name}, {params / 1e9:.2f}B, {shard} | {tokens / 1e6:.2f}M "
+            f"| {steps[0].passes + steps[0].update:.2f} s | {left / 1e9:.1f} GB "
+            + "".join(f"| {seconds:.2f} s " for seconds in waiting) + "|"
+        )  # fmt: skip
+    said = (
+        f"{share.value:.0%} of the GPUs' peak ({share.source}), micro-batches of {MICRO_BATCH} rows"
+    )
+    return "\n".join([*lines, "", f"Assumed: {said} of {LENGTH:,} tokens."])
+
+
 # (page, name of the passage) -> what stands there
 PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "speedrun"): speedrun,
     ("README.md", "plan"): plan,
     ("README.md", "performance"): performance,
     ("rustbpe/README.md", "BPE"): bpe,
+    ("bench/LEARNING.md", "learned"): learned,
     ("bench/LEARNING.md", "trials"): trials,
     ("docs/03-data.md", "prepare"): prepare,
+    ("docs/many_machines.md", "two nodes"): two_nodes,
 }
 
 

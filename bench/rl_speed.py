@@ -10,9 +10,11 @@ The same random Qwen-shaped model in both, the same prompts; every reply runs to
 that both sample as many tokens. Sampling: our engine, log-probabilities included, and
 transformers' generate, which is what TRL samples with unless a vLLM server stands beside it.
 Training: one optimizer step on our replies, from rewards to new weights; TRL gets the replies as
-ids. (Ours is Muon and AdamW, TRL's AdamW alone: with few tokens a step Muon's share shows.) In
-float32 on a CPU, bfloat16 (autocast for training) on a GPU. The rounds alternate; the
-medians count.
+ids. "trained" is of those replies, all of one length; "trained_unequal" of the same replies cut at
+lengths drawn from a quarter of that to all of it, as replies that end by themselves differ: ours
+share a micro-batch with those of their length, TRL's are padded as they come. (Ours is Muon and
+AdamW, TRL's AdamW alone: with few tokens a step Muon's share shows.) In float32 on a CPU, bfloat16
+(autocast for training) on a GPU. The rounds alternate; the medians count.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
 from nanochat.hf_export import export_model
 from nanochat.optim import make_optimizer
-from nanochat.policy import Policy
+from nanochat.policy import Policy, compared
 from nanochat.rollout import Rollouts, sample_rollouts, to_batches
 
 OUT = RESULTS / "rl_speed.json"
@@ -54,12 +56,12 @@ class Args:
     """Python of an environment with TRL."""
     device_type: str = "cpu"
     """cpu or cuda."""
-    problems: int = 5
-    """Problems of a step, each with four replies."""
+    problems: int = 16
+    """Problems of a step, as chat_rl's default is; each with four replies."""
     new_tokens: int = 100
     """Tokens of a reply."""
-    device_batch_size: int = 10
-    """Replies in a micro-batch, in both."""
+    device_batch_size: int = 8
+    """Replies in a micro-batch, in both. Must divide their number."""
     n_layer: int = 4
     """Layers of the model."""
     n_embd: int = 256
@@ -70,7 +72,7 @@ class Args:
     """Key and value heads."""
     vocab_size: int = 0
     """Rows of the embedding; 0: as many as there are tokens."""
-    rounds: int = 3
+    rounds: int = 5
     """Times that each is measured."""
     out: str = str(OUT)
     """Where the result goes."""
@@ -108,14 +110,30 @@ def sample(args: Args, engine: Engine, autocast: Any) -> tuple[Rollouts, list[li
     return rollouts, [engine.tokenizer.render_for_completion(task[p]) for p in chosen]
 
 
+def cut(rollouts: Rollouts, prompts: list[list[int]], longest: int) -> Rollouts:
+    """The replies, each ended at a length drawn from a quarter of the longest to all of it."""
+    rng = np.random.default_rng(2)
+    ends = [
+        len(prompts[i // NUM_SAMPLES]) + int(rng.integers(longest // 4, longest + 1))
+        for i in range(len(rollouts.sequences))
+    ]
+    masks = [mask[:end] for mask, end in zip(rollouts.masks, ends)]
+    return replace(
+        rollouts,
+        sequences=[ids[:end] for ids, end in zip(rollouts.sequences, ends)],
+        masks=masks,
+        lengths=np.array([sum(mask) for mask in masks]).reshape(rollouts.lengths.shape),
+        log_probs=[values[:end] for values, end in zip(rollouts.log_probs, ends)],
+    )
+
+
 def train_step(
     args: Args, policy: Policy, optimizer: Any, rollouts: Rollouts, autocast: Any
 ) -> None:
     """From rewards to new weights, as chat_rl and the training step do it."""
     device = torch.device(args.device_type)
     batches = to_batches(rollouts, args.device_batch_size, 0, device)
-    with autocast:
-        policy.begin(batches)
+    policy.begin(batches)
     count = sum(int((b.targets != IGNORE).sum()) for b in batches)
     for batch in batches:
         with autocast:
@@ -123,6 +141,18 @@ def train_step(
         (loss / count).backward()
     optimizer.step(1.0, 0.95, 1.0, 1.0)
     optimizer.zero_grad()
+    compared(batches)
+
+
+def ask(args: Args, folder: Path, rows: list[dict[str, Any]], generate: bool) -> dict[str, Any]:
+    """TRL's times with these replies."""
+    spec = {
+        "task": "speed", "model": str(folder / "model"), "num_samples": NUM_SAMPLES,
+        "max_new_tokens": args.new_tokens, "rows": rows, "batch": args.device_batch_size,
+        "threads": torch.get_num_threads(), "cuda": args.device_type == "cuda", "steps": 2,
+        "generate": generate,
+    }  # fmt: skip
+    return ask_trl(args.peer_python, folder, spec)
 
 
 def main(args: Args) -> None:
@@ -151,34 +181,28 @@ def main(args: Args) -> None:
         for _ in range(args.rounds):
             with Seconds(device) as sampling:
                 rollouts, prompts = sample(args, engine, autocast)
-            with Seconds(device) as training:
-                train_step(args, policy, optimizer, rollouts, autocast)
-            tokens = int(rollouts.lengths.sum())
-            measured["ours"].append(
-                {"sampled": tokens / sampling.value, "trained": tokens / training.value}
-            )
-            spec = {
-                "task": "speed", "model": str(folder / "model"), "num_samples": NUM_SAMPLES,
-                "max_new_tokens": args.new_tokens, "rows": rows_of(rollouts, prompts),
-                "batch": args.device_batch_size, "threads": torch.get_num_threads(), "cuda": on_gpu,
-                "steps": 2,
-            }  # fmt: skip
-            answer = ask_trl(args.peer_python, folder, spec)
-            found = answer["found"]
-            their_tokens = found["generate"]["tokens"]
-            measured["trl"].append(
-                {
-                    "sampled": their_tokens / found["generate"]["seconds"],
-                    "trained": tokens / found["train"]["seconds"],
-                }
-            )
+            ours: dict[str, float] = {"sampled": int(rollouts.lengths.sum()) / sampling.value}
+            theirs: dict[str, float] = {}
+            unequal = cut(rollouts, prompts, args.new_tokens)
+            for name, replies in (("trained", rollouts), ("trained_unequal", unequal)):
+                tokens = int(replies.lengths.sum())
+                with Seconds(device) as training:
+                    train_step(args, policy, optimizer, replies, autocast)
+                ours[name] = tokens / training.value
+                rows_of_replies = rows_of(replies, prompts)
+                answer = ask(args, folder, rows_of_replies, generate=replies is rollouts)
+                theirs[name] = tokens / answer["found"]["train"]["seconds"]
+                if generated := answer["found"].get("generate"):
+                    theirs["sampled"] = generated["tokens"] / generated["seconds"]
+            measured["ours"].append(ours)
+            measured["trl"].append(theirs)
             print0(f"tokens/s: {measured['ours'][-1]}, TRL {measured['trl'][-1]}")
     medians = {
-        who: {key: statistics.median(run[key] for run in runs) for key in ("sampled", "trained")}
+        who: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         for who, runs in measured.items()
     }
-    ratios = {key: medians["ours"][key] / medians["trl"][key] for key in ("sampled", "trained")}
-    settings = {k: v for k, v in vars(args).items() if k not in ("peer_python", "out")}
+    ratios = {key: value / medians["trl"][key] for key, value in medians["ours"].items()}
+    settings = {k: v for k, v in vars(args).items() if k not in ("peer_python", "out", "typed")}
     result = {
         "settings": settings,
         "tokens_per_second": medians,

@@ -37,7 +37,7 @@ from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
 from nanochat.hf_export import export_model
 from nanochat.models import GPTConfig, QwenConfig, build_model
-from nanochat.policy import Policy
+from nanochat.policy import Policy, compared
 from nanochat.rollout import Rollouts, advantages, sample_rollouts, to_batches
 from nanochat.tasks.common import Rows
 from nanochat.tasks.gsm8k import GSM8K
@@ -124,7 +124,12 @@ def ours(model: Any, moved: Any, rollouts: Rollouts, case: dict[str, Any]) -> di
     batches = to_batches(rollouts, 3, 0, torch.device("cpu"), case["by_std"])
     settings: dict[str, Any] = {"clip": case["clip"], "kl": case["kl"]}
     reference = model if case["kl"] else None
-    Policy(model, model, vocab_size, reference=reference, **settings).begin(batches, case["moved"])
+    begun = Policy(model, model, vocab_size, reference=reference, **settings)
+    begun.begin(batches)
+    if case["moved"]:  # a first step on these replies, which saw them as they were sampled
+        for batch in batches:
+            begun(batch)
+        compared(batches)
     now = moved if case["moved"] else model
     now.zero_grad()
     policy = Policy(now, now, vocab_size, **settings)

@@ -31,10 +31,9 @@ from nanochat.common import write_json
 from nanochat.machine import machine_info
 from nanochat.models import Config, GPTConfig, QwenConfig, TurboConfig
 from nanochat.plan import Planner, Setup
-from nanochat.traffic import Together, Work, step_time, transfers
+from nanochat.traffic import FLOAT32, HALF, Together, Work, step_time, transfers
 
 RESULT = Path(__file__).resolve().parent / "results" / "scale.json"
-BFLOAT16 = 2
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Published:
         if self.family == "nanochat":
             return work
         shapes = [shape for one in work.together for shape in one.shapes]
-        return replace(work, together=[Together("adamw", shapes)], gathered=BFLOAT16)
+        return replace(work, together=[Together("adamw", shapes)], outside=HALF)
 
     def predicted(self, share: float) -> float:
         """Tokens a second on each GPU, if its passes reach that share of its peak."""
@@ -204,7 +203,7 @@ def beside(
 ) -> dict[str, Any]:
     """What was measured, and what was to be expected."""
     tokens, config = ranks * ROWS * LENGTH, model_config()
-    work = Work.of(config, tokens, 1)
+    work = Work.of(config, tokens, 1, FLOAT32)
     planner = Planner(
         config, Setup("cpu", False, False, ranks, shard=shard, shard_size=ranks), ROWS
     )

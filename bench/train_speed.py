@@ -186,20 +186,18 @@ def command_of(case: Case, args: Args, tokens: int, rows: int, folder: Path) -> 
         np.save(ids, make_ids(args.vocab_size))
     shape = GPTConfig.from_depth(case.depth, args.vocab_size, args.seq_len)
     spec |= {
-        "peer": str(peer_checkout(args)), "window_pattern": case.window, "ids": str(ids),
+        "peer": str(peer_checkout(args.peer)), "window_pattern": case.window, "ids": str(ids),
         "n_embd": shape.n_embd, "n_head": shape.n_head, "rows": tokens // args.seq_len,
     }  # fmt: skip
     return [sys.executable, str(REPO / "bench" / "train_speed_peer.py"), json.dumps(spec)]
 
 
-def peer_checkout(args: Args) -> Path:
+def peer_checkout(folder: Path | None) -> Path:
     """The peer's folder, if it is one."""
-    assert args.peer is not None
-    if not (args.peer / "nanochat" / "gpt.py").exists():
-        raise UserError(
-            f"--peer={args.peer} is no checkout of karpathy/nanochat: no nanochat/gpt.py"
-        )
-    return args.peer.resolve()
+    assert folder is not None
+    if not (folder / "nanochat" / "gpt.py").exists():
+        raise UserError(f"--peer={folder} is no checkout of karpathy/nanochat: no nanochat/gpt.py")
+    return folder.resolve()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -375,7 +373,7 @@ def main(args: Args) -> None:
     sizes, windows = args.sizes.split(","), args.peer_windows.split(",") if args.peer else []
     cases = cpu_cases(sizes, windows)  # refuses what is no size
     if args.peer:
-        peer_checkout(args)
+        peer_checkout(args.peer)
         if args.device_type != "cpu":
             raise UserError("--peer is measured on a CPU only: add --device_type=cpu")
     rows: list[dict[str, Any]] = []

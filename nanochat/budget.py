@@ -31,7 +31,7 @@ from nanochat.recipe import settle_horizon
 from nanochat.schedule import grad_accum_steps
 from nanochat.shards import LAST_SHARD, SHARD_BYTES, SHARD_CHARS
 from nanochat.tokenizer import get_tokenizer
-from nanochat.traffic import FLOAT32, StepTime, Work, step_time, transfers
+from nanochat.traffic import FLOAT32, HALF, StepTime, Work, step_time, transfers
 
 CHARS_PER_TOKEN = 4.8  # of the default data set, with 65,536 tokens of its own
 PRICE = 3.0  # dollars for a GPU and hour: about what 8 H100 are let for
@@ -269,6 +269,7 @@ class Budget:
             "memory_limit": memory_limit(self.cluster),
             "memory": {k: m and asdict(m) | {"total": m.total} for k, m in self.memory.items()},
             "shard": self.shard,
+            "gb_a_gpu": self.chosen_memory and self.chosen_memory.total / 1e9,
             "share_of_peak": asdict(self.share),
             "step_seconds": step and asdict(step) | {"total": step.total},
             "bytes_sent_per_step": self.sent,
@@ -305,7 +306,8 @@ def make_budget(
     if (chosen := memory[shard]) is not None:
         length = run.config.sequence_len
         micro = grad_accum_steps(run.tokens_per_step, chosen.batch, length, cluster.gpus)
-        work = Work.of(run.config, run.tokens_per_step, micro)
+        gathered = FLOAT32 if args.dtype == "float32" else HALF
+        work = Work.of(run.config, run.tokens_per_step, micro, gathered, args.grad_clip > 0)
         step = step_time(work, shard, cluster, share.value)
         sent = sum(transfer.sent() for transfer in transfers(work, shard, cluster))
     there = min(SHARDS, math.ceil(run.tokens * chars_per_token / SHARD_CHARS))

@@ -11,7 +11,9 @@ the end. What a rank's parts are is what --shard chooses:
               one reduce-scatter and one all-gather move it. Matrices go whole to one rank, anything
               else is cut wherever the stretches end: exactly balanced.
     Sharded   a rank holds some rows of each parameter and its gradient (fsdp, hsdp; see shard.py):
-              nothing travels, but for matrices that one rank must see whole (ShardedMatrices)
+              nothing is reduced or spread
+
+Matrices of which every rank has a part, though one must see them whole: nanochat/matrices.py.
 
 Who has what is a pure function of shapes and ranks, so all agree without a word. Floor 1.5.
 """
@@ -156,7 +158,7 @@ class Bucket:
 
     def reduce(self) -> None:
         """Starts to sum the gradients over the ranks. Those that are missing are 0."""
-        self.grads = [_grad(p) for p in self.params.values()]
+        self.grads = [grad_of(p) for p in self.params.values()]
         if self.ranks.size > 1:
             self._works = [self.ranks.all_reduce(g) for g in self.grads]
 
@@ -213,7 +215,7 @@ class Owned(Divided):
         super().__init__(params, ranks)
         sizes = {name: p.numel() for name, p in params.items()}
         if whole:
-            self._slots = _whole_slots(sizes, ranks.size, load)
+            self._slots = whole_slots(sizes, ranks.size, load)
         else:
             self._slots = _cut_slots(sizes, ranks.size)
         lengths = self.num_held()
@@ -223,7 +225,7 @@ class Owned(Divided):
         mine = self._slots[ranks.rank]
         self.names = [name for name, _, _ in mine]
         self.weights = [
-            params[n].detach() if stop - start == sizes[n] else _flat(params[n])[start:stop]
+            params[n].detach() if stop - start == sizes[n] else flat(params[n])[start:stop]
             for n, start, stop in mine
         ]
         self._buffer = self._arrived = torch.empty(0)
@@ -239,7 +241,7 @@ class Owned(Divided):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def reduce(self) -> None:
-        grads = {name: _grad(p).reshape(-1) for name, p in self.params.items()}
+        grads = {name: grad_of(p).reshape(-1) for name, p in self.params.items()}
         if self._direct:
             self._buffer = next(iter(grads.values()))
         else:
@@ -258,9 +260,9 @@ class Owned(Divided):
 
     def give_back(self) -> None:
         self.grads, self._arrived = [], torch.empty(0)
-        mine = self._laid_out([self._slots[self.ranks.rank]], lambda n: _flat(self.params[n]))
+        mine = self._laid_out([self._slots[self.ranks.rank]], lambda n: flat(self.params[n]))
         if self._direct:
-            self._buffer = next(_flat(p) for p in self.params.values())
+            self._buffer = next(flat(p) for p in self.params.values())
         else:
             self._buffer = mine.new_empty(self.ranks.size * self._chunk)
         self._works = [self.ranks.all_gather(self._buffer, mine)]
@@ -272,7 +274,7 @@ class Owned(Divided):
             for r, slot in enumerate(self._slots):
                 at = r * self._chunk
                 for name, start, stop in slot if r != self.ranks.rank else []:
-                    into.append(_flat(self.params[name])[start:stop])
+                    into.append(flat(self.params[name])[start:stop])
                     come.append(self._buffer[at : at + stop - start])
                     at += stop - start
             if into:
@@ -293,7 +295,7 @@ class Owned(Divided):
         ]
 
 
-def _whole_slots(sizes: dict[str, int], num_ranks: int, load: list[int]) -> list[Any]:
+def whole_slots(sizes: dict[str, int], num_ranks: int, load: list[int]) -> list[Any]:
     """(name, start, stop) for each rank, parameters of one size whole: at most one more on a rank
     than on another."""
     slots: list[Any] = [[] for _ in range(num_ranks)]
@@ -349,75 +351,9 @@ def row_parts(shape: Sequence[int], size: int) -> list[Held]:
     return [Held(rank, low * of_row, high * of_row) for rank, (low, high) in enumerate(bounds)]
 
 
-class ShardedMatrices(Sharded):
-    """Sharded matrices of one shape (R, C), each of which has an owner that sees it whole.
-
-    to_owners() and to_shards() start a transfer of (n, rows, C) or (k, R, C) tensors of what this
-    rank holds of the n matrices, or owns; at_owner() and at_shards() wait for it."""
-
-    def __init__(self, params: dict[str, Tensor], ranks: Ranks, load: list[int]) -> None:
-        sizes = {name: p.numel() for name, p in params.items()}
-        slots = _whole_slots(sizes, ranks.size, load)
-        order = [name for slot in slots for name, _, _ in slot]  # what an owner gets is together
-        super().__init__({name: params[name] for name in order}, ranks)
-        self.names = order
-        self.owner = {name: rank for rank, slot in enumerate(slots) for name, _, _ in slot}
-        self.owned = [name for name in order if self.owner[name] == ranks.rank]
-        num_rows, self.columns = next(iter(params.values())).shape
-        bounds = [shard_rows(num_rows, rank, ranks.size) for rank in range(ranks.size)]
-        self._rows = [high - low for low, high in bounds]
-        of_row = self._rows[ranks.rank] * self.columns
-        self._sent = [len(slot) * of_row for slot in slots]
-        self._received = [len(self.owned) * rows * self.columns for rows in self._rows]
-        self._buffers = (torch.empty(0), torch.empty(0))
-
-    def to_owners(self, parts: Tensor) -> None:
-        self._move(parts.reshape(-1), self._received, self._sent)
-
-    def at_owner(self) -> Tensor:
-        """(k, R, C): the whole matrices that this rank owns; k may be 0."""
-        pieces = self._come().split(self._received)
-        return torch.cat(
-            [
-                piece.view(len(self.owned), rows, self.columns)
-                for piece, rows in zip(pieces, self._rows)
-            ],
-            dim=1,
-        )
-
-    def to_shards(self, whole: Tensor) -> None:
-        pieces = [piece.reshape(-1) for piece in whole.split(self._rows, dim=1)]
-        self._move(torch.cat(pieces), self._sent, self._received)
-
-    def at_shards(self) -> Tensor:
-        """(n, rows, C): this rank's rows of all matrices, in the order of `names`."""
-        return self._come().view(len(self.names), self._rows[self.ranks.rank], self.columns)
-
-    def _move(self, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
-        received = sent.new_empty(sum(received_sizes))
-        self._buffers = (sent, received)  # held until it is over
-        self._works = [self.ranks.all_to_all(received, sent, received_sizes, sent_sizes)]
-
-    def _come(self) -> Tensor:
-        super().wait()
-        received = self._buffers[1]
-        self._buffers = (torch.empty(0), torch.empty(0))
-        return received
-
-    def held(self, name: str, entry: str, shape: Sequence[int]) -> list[Held]:
-        if entry == "neuron_moment":
-            return [Held(self.owner[name], 0, math.prod(shape))]
-        return super().held(name, entry, shape)
-
-    def local_shape(self, name: str, part: Held, shape: Sequence[int]) -> list[int]:
-        if part.stop - part.start == math.prod(shape):
-            return list(shape)
-        return super().local_shape(name, part, shape)
-
-
-def _flat(p: Tensor) -> Tensor:
+def flat(p: Tensor) -> Tensor:
     return p.detach().view(-1)
 
 
-def _grad(p: Tensor) -> Tensor:
+def grad_of(p: Tensor) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad

@@ -20,7 +20,6 @@ from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.evals.chat import run_chat_eval
-from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.plan import Mode, settle
 from nanochat.preview import preview_conversations
 from nanochat.schedule import (
@@ -30,7 +29,7 @@ from nanochat.schedule import (
     muon_momentum,
 )
 from nanochat.shard import gathered
-from nanochat.start import Start, continued_optimizer, inherit, start_from
+from nanochat.start import Start, inherit, optimizer_of, start_from
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
 from nanochat.tasks.mixture import TaskMixture, build_mixture
@@ -207,25 +206,15 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
     micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, seq_len)
     args.device_batch_size = micro_batch
     loader = StepLoader(reader, rows_per_step, micro_batch, info.rank, info.world_size, info.device)
+    meta = start.describe(
+        source.fingerprint,
+        validation,
+        optimizer_from=start.name if optimizer.num_steps else None,  # cold
+        mixture=" | ".join(filter(None, [args.mixture, args.data])),
+        shares=mixture.shares(source.counts),
+    )
     trainer = Trainer(
-        stage,
-        args.model_tag or start.tag,
-        args,
-        info,
-        model,
-        optimizer,
-        num_steps,
-        meta={
-            "tokenizer": start.meta["tokenizer"],
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"train": source.fingerprint},
-            "started_from": start.name,
-            "optimizer_from": start.name if optimizer.num_steps else None,  # cold
-            "mixture": " | ".join(filter(None, [args.mixture, args.data])),
-            "shares": mixture.shares(source.counts),
-            "validation": validation,
-        },
-        loader=loader,
+        stage, args.model_tag or start.tag, args, info, model, optimizer, num_steps, meta, loader
     )
     for step in trainer.steps():
         if val_reader is not None and trainer.is_due(args.eval_every, at_start=True):
@@ -245,19 +234,6 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         )
         decay = decay_multiplier(step, num_steps)
         trainer.step(loader.step(step), lr_mul, muon_momentum(step), decay)
-
-
-def optimizer_of(args: ConversationFlags, start: Start, info: distributed.DistInfo) -> MuonAdamW:
-    """Of all weights, with the state that the checkpoint has of it; or of LoRA's alone."""
-    if args.lora_rank:
-        return lora.adapt(start.model, args)
-    rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
-    return continued_optimizer(
-        lambda: make_optimizer(start.model, *rates, args.init_lr_frac, shard=args.shard),
-        args,
-        start,
-        info.device,
-    )
 
 
 def validation_loss(

@@ -4,10 +4,11 @@ The optimizer: Muon for the weight matrices, AdamW for everything else, on one r
 With N ranks every element of the state has one owner, unless --shard=none. A step has three phases:
 the reductions of all gradients are started; as each arrives it is updated and its parameters' way
 back is started; all are waited for at the end (nanochat/communication.py). One rank is the same
-code with nothing to send. Between the first two phases stands the global norm, by which gradients
-are clipped or refused. Parameters may have any shape. Where they are sharded, a matrix's momentum
-is too; the matrix comes together with its owner to be orthogonalised, once. The arithmetic:
-nanochat/updates.py. Floor 2.
+code with nothing to send. Clipping parts the first two phases: it needs the norm of the whole
+gradient, so no update can begin before the last reduction is over (of a bucket that is there the
+norm is computed meanwhile). With --grad_clip=0 all three overlap, and the norm is only reported.
+Parameters may have any shape. Where they are sharded, a matrix's momentum is too; the matrix comes
+together with its owner to be orthogonalised, once. The arithmetic: nanochat/updates.py. Floor 2.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.common import UserError
-from nanochat.communication import Bucket, Owned, Ranks, Sharded, ShardedMatrices
+from nanochat.communication import Bucket, Owned, Ranks, Sharded
 from nanochat.distributed import local, shard_group
+from nanochat.matrices import CutMatrices, Matrices, ShardedMatrices, pays_to_cut
 from nanochat.schedule import width_lr_scale
 from nanochat.updates import (
     adamw_update,
@@ -88,16 +90,12 @@ class MuonAdamW:
         """Takes one step with gradients summed over ranks; returns their global norm, a 0-d tensor.
 
         The norm is that of the whole gradient, after the sum, so it and the clipping are the same
-        at any number of ranks. If it is not finite nothing moves: whoever reads it on the host
-        should hand it to refuse_divergence(). Gradients are used up: call zero_grad() before the
-        next backward pass."""
+        at any number of ranks. If it is not finite nothing moves, or, without clipping, nothing of
+        those buckets whose gradient is not: whoever reads it on the host should hand it to
+        refuse_divergence(). Gradients are used up: call zero_grad() before the next backward
+        pass."""
         for _, bucket in self.buckets:
             bucket.reduce()
-        for _, bucket in self.buckets:
-            bucket.wait()
-        norm = self._global_norm()
-        clip = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip > 0 else norm.new_ones(())
-        scale = torch.where(norm.isfinite(), clip, 0.0)
         self.num_steps += 1
         # Numbers would be constants of the compiled step, and each new value compile it again
         how = {
@@ -107,31 +105,37 @@ class MuonAdamW:
             )
             for g in self.groups
         }
-        for group, bucket in self.buckets:
-            if isinstance(bucket, ShardedMatrices):
-                self._gather(group, bucket, torch.tensor(momentum), scale)
-        for group, bucket in self.buckets:
-            if isinstance(bucket, ShardedMatrices):
-                self._orthogonalize(group, bucket, scale)
-            elif group.kind == "muon":
-                self._muon(group, bucket, how[id(group)], torch.tensor(momentum), scale)
+        mu = torch.tensor(momentum)
+        norm, scales = _Norm(self), list[Tensor]()
+        if grad_clip > 0:
+            for _, bucket in self.buckets:
+                norm.arrived(bucket)
+            total = norm.start().read()
+            clip = (grad_clip / (total + 1e-6)).clamp(max=1.0)
+            scales = [torch.where(total.isfinite(), clip, 0.0)] * len(self.buckets)
+        for number, (group, bucket) in enumerate(self.buckets):
+            if grad_clip <= 0:
+                scales.append(norm.arrived(bucket))
+            if isinstance(bucket, Matrices):
+                self._gather(group, bucket, mu, scales[number])
+                continue
+            if group.kind == "muon":
+                self._muon(group, bucket, how[id(group)], mu, scales[number])
             else:
-                self._adamw(group, bucket, how[id(group)], scale)
+                self._adamw(group, bucket, how[id(group)], scales[number])
             bucket.give_back()
-        for group, bucket in self.buckets:
+        if grad_clip <= 0:
+            norm.start()
+        apart = [(g, b, s) for (g, b), s in zip(self.buckets, scales) if isinstance(b, Matrices)]
+        for group, matrices, scale in apart:
+            self._orthogonalize(group, matrices, scale)
+        for group, matrices, scale in apart:
+            x, stretch = matrices.at_shards(), stretch_of(matrices.shape)
+            self._run(move, matrices.weights, x, *how[id(group)], scale, stretch)
+            matrices.give_back()
+        for _, bucket in self.buckets:
             bucket.finish()
-            if isinstance(bucket, ShardedMatrices):
-                stretch = stretch_of(next(iter(bucket.params.values())).shape)
-                self._run(move, bucket.weights, bucket.at_shards(), *how[id(group)], scale, stretch)
-        return norm
-
-    def _global_norm(self) -> Tensor:
-        total = torch.zeros((), device=local(next(iter(self.named.values()))).device)
-        if mine := [g for _, bucket in self.buckets for g in bucket.grads]:
-            total = torch.stack(torch._foreach_norm(mine)).float().square().sum()
-        if self.ranks.size > 1 and not all(bucket.sees_all for _, bucket in self.buckets):
-            self.ranks.all_reduce(total).wait()
-        return total.sqrt()
+        return norm.read()
 
     def _muon(
         self,
@@ -157,13 +161,11 @@ class MuonAdamW:
                 _muon_dtype(scale),
             )
 
-    def _gather(
-        self, group: ParamGroup, bucket: ShardedMatrices, momentum: Tensor, scale: Tensor
-    ) -> None:
+    def _gather(self, group: ParamGroup, bucket: Matrices, momentum: Tensor, scale: Tensor) -> None:
         momenta = [self._state(n, group, bucket)["momentum_buffer"] for n in bucket.names]
         bucket.to_owners(self._run(look_ahead, bucket.grads, momenta, momentum, scale))
 
-    def _orthogonalize(self, group: ParamGroup, bucket: ShardedMatrices, scale: Tensor) -> None:
+    def _orthogonalize(self, group: ParamGroup, bucket: Matrices, scale: Tensor) -> None:
         x = bucket.at_owner()
         if bucket.owned:
             second = [self._state(n, group, bucket)["neuron_moment"] for n in bucket.owned]
@@ -238,6 +240,38 @@ class MuonAdamW:
                     )
 
 
+class _Norm:
+    """The global norm of a step's gradients, out of those of its parts as they arrive."""
+
+    def __init__(self, optimizer: MuonAdamW) -> None:
+        self.ranks, self.buckets = optimizer.ranks, optimizer.buckets
+        self.total = torch.zeros((), device=local(next(iter(optimizer.named.values()))).device)
+        self._parts: list[Tensor] = []
+        self._work: Any = None
+
+    def arrived(self, bucket: Bucket) -> Tensor:
+        """Waits for a bucket's gradients. 1 if those of this rank are finite, else 0."""
+        bucket.wait()
+        norms = list(torch._foreach_norm(bucket.grads)) if bucket.grads else []
+        self._parts += norms
+        return torch.stack(norms).isfinite().all().float() if norms else torch.ones_like(self.total)
+
+    def start(self) -> _Norm:
+        """When all buckets are there: starts to sum over the ranks."""
+        if self._parts:
+            self.total = torch.stack(self._parts).float().square().sum()
+        if self.ranks.size > 1 and not all(bucket.sees_all for _, bucket in self.buckets):
+            self._work = self.ranks.all_reduce(self.total)
+        return self
+
+    def read(self) -> Tensor:
+        """The norm, a 0-d tensor."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self.total.sqrt()
+
+
 def state_shapes(group: ParamGroup, name: str) -> dict[str, list[int]]:
     """What a parameter of that group remembers, whole."""
     shape = list(group.params[name].shape)
@@ -270,7 +304,12 @@ def make_buckets(group: ParamGroup, shard: str, ranks: Ranks) -> list[Bucket]:
         return [ShardedMatrices(s, ranks, load) if is_muon else Sharded(s, ranks) for s in sets]
     if shard == "none" or ranks.size == 1:
         return [Bucket(s, ranks) for s in sets]
-    return [Owned(s, ranks, is_muon, load) for s in sets]
+    return [
+        CutMatrices(s, ranks, load)
+        if is_muon and pays_to_cut(len(s), ranks.size)
+        else Owned(s, ranks, is_muon, load)
+        for s in sets
+    ]
 
 
 @functools.cache
@@ -284,7 +323,7 @@ def _muon_dtype(like: Tensor) -> torch.dtype:
 
 
 def refuse_divergence(norm: float, step: int) -> None:
-    """UserError if the norm that a step returned is not finite; that step has moved nothing."""
+    """UserError if the norm that a step returned is not finite: its weights are not to be kept."""
     if not math.isfinite(norm):
         raise UserError(
             f"the gradient of step {step} has norm {norm}; lower --matrix_lr, "

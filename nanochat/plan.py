@@ -153,6 +153,11 @@ class Planner:
                 }
                 group.params = of_group
                 shares += of_group.values()
+        if self.is_sharded and setup.bf16:  # so rounded come those together that FSDP holds
+            shared = {id(p) for p in frozen or model.parameters()}
+            for p in [p for block in blocks_of(model) for p in block.parameters()]:
+                if id(p) in shared:
+                    p.data = p.data.to(torch.bfloat16)
         if self.is_sharded and not frozen:
             optimizer = MuonAdamW(groups, ranks=PretendRanks(0, setup.shard_size))
         else:
@@ -172,10 +177,14 @@ class Planner:
         block's weights while it computes and the next one's come, each from a buffer of its own."""
         blocks = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(trace.model)]
         outside = sum(p.nbytes for p in trace.model.parameters()) - sum(blocks)
+        # Gradients are as their weights, and are summed over the ranks in float32
+        summed = [
+            sum(4 * p.numel() for p in block.parameters()) for block in blocks_of(trace.model)
+        ]
         own = sum(share.held.nbytes for share in trace.shares)
         held = {"weights": own + outside + 3 * max(blocks)}
         if not self.setup.lora_rank:  # whose gradients are whole on every rank
-            held["gradients"] = own + 2 * outside + 2 * max(blocks)
+            held["gradients"] = own + 2 * outside + max(blocks) + max(summed)
         return held
 
     def weights(self) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +25,6 @@ from nanochat.shard import gathered, sharded_modules, twin
 
 Forward = Callable[..., Tensor]
 
-# Replies whose log-probabilities are compared with the engine's each step, if no pass over all of
-# them is needed for another reason: that would cost as much as a third of the step.
-COMPARED_ROWS = 8
-
 
 @dataclass
 class PolicyBatch(MicroBatch):
@@ -38,8 +33,9 @@ class PolicyBatch(MicroBatch):
 
     advantages: Tensor | None = None  # (B, T) or (B, 1), float32
     sampled: Tensor | None = None  # the engine's log-probabilities
-    old: Tensor | None = None  # those before the first step on these replies; None: as they are now
     reference: Tensor | None = None  # those of the model that training began with
+    old: Tensor | None = None  # those of the first step on these replies; None: this is the first
+    now: Tensor | None = None  # those of the last pass, which is the trainer's own
 
     def loss(self, forward: Callable[..., Tensor]) -> Tensor:
         """(): the summed loss. `forward` is a Policy, which stands in for the model's."""
@@ -121,7 +117,8 @@ def _within_sharded(model: Any, forward: Forward, name: str, vocab_size: int) ->
 class Policy:
     """The model in training, in the place of its forward in the training step.
 
-    `begin(batches)` makes ready what the next steps train on; their losses then call it."""
+    `begin(batches)` makes ready what the next steps train on; their losses then call it, and after
+    the first of these steps compared(batches) says how it saw what the engine had sampled."""
 
     def __init__(
         self,
@@ -136,54 +133,55 @@ class Policy:
         """`forward`: the model, or the model compiled. `reference`: see frozen_copy."""
         self.clip, self.kl = clip, kl
         self.forward = within(model, forward, vocab_size)
-        self.plain = within(model, model, vocab_size)
         self.reference = reference and within(reference, reference, vocab_size)
         self.copy = reference
 
     @torch.no_grad()
-    def begin(self, batches: Sequence[PolicyBatch], several_steps: bool = False) -> dict[str, Any]:
-        """Gets the batches ready: the reference's log-probabilities, and the present ones if
-        `several_steps` will be taken on them.
-
-        Returns sums over the tokens looked at: "tokens", "diff" and "diff_max" of |engine - model|,
-        and "kl". Where nothing else is needed only COMPARED_ROWS of the longest replies are looked
-        at, where the cache has gone furthest."""
-        found = {"tokens": 0.0, "diff": 0.0, "diff_max": 0.0, "kl": 0.0}
-        all_of_them = several_steps or self.reference is not None
-        some = [_last_rows(batch, COMPARED_ROWS) for batch in batches[-1:]]
-        # Ranks have unequal numbers of batches; the policy itself comes here gathered (Trainer)
-        with gathered(self.copy) if self.copy is not None else nullcontext():
-            for batch in batches if all_of_them else some:
-                kept = batch.targets != IGNORE
-                log_probs = -self.plain(batch.idx, batch.targets, reduction="none")
-                if several_steps:
-                    batch.old = log_probs
-                if self.reference is not None:
-                    batch.reference = -self.reference(batch.idx, batch.targets, reduction="none")
-                    d = (batch.reference - log_probs)[kept]
-                    found["kl"] += float((d.exp() - d - 1).sum())
-                if batch.sampled is not None:
-                    diff = (batch.sampled - log_probs)[kept].abs()
-                    found["tokens"] += diff.numel()
-                    found["diff"] += float(diff.sum())
-                    found["diff_max"] = max(found["diff_max"], float(diff.max()))
-        return found
+    def begin(self, batches: Sequence[PolicyBatch]) -> None:
+        """Gets the reference's log-probabilities, if there is a reference."""
+        if self.reference is None:
+            return
+        # Ranks have unequal numbers of batches
+        with gathered(self.copy):
+            for batch in batches:
+                batch.reference = -self.reference(batch.idx, batch.targets, reduction="none")
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
         """Sum of the losses of the batch."""
         log_probs = -self.forward(batch.idx, batch.targets, reduction="none")
+        batch.now = log_probs.detach()
         return policy_losses(log_probs, batch, self.clip, self.kl).sum()
 
 
-def _last_rows(batch: PolicyBatch, count: int) -> PolicyBatch:
-    sampled = None if batch.sampled is None else batch.sampled[-count:]
-    return PolicyBatch(batch.idx[-count:], batch.targets[-count:], sampled=sampled)
+def compared(batches: Sequence[PolicyBatch]) -> dict[str, float]:
+    """What the first step on these replies saw of them, before it moved the weights; to be called
+    after it, and what it saw is `old` from then on.
+
+    Sums over the tokens: "tokens", "diff" and "diff_max" of |engine - trainer|, and "kl". It is the
+    step's own passes that are looked at, compiled or not: a pass for this alone would cost a
+    quarter of the step."""
+    found = {"tokens": 0.0, "diff": 0.0, "diff_max": 0.0, "kl": 0.0}
+    for batch in batches:
+        assert batch.now is not None, "no step has been taken"
+        batch.old, kept = batch.now, batch.targets != IGNORE
+        if batch.sampled is not None:
+            diff = (batch.sampled - batch.now)[kept].abs()
+            found["tokens"] += diff.numel()
+            found["diff"] += float(diff.sum())
+            found["diff_max"] = max(found["diff_max"], float(diff.max()))
+        if batch.reference is not None:
+            d = (batch.reference - batch.now)[kept]
+            found["kl"] += float((d.exp() - d - 1).sum())
+    return found
 
 
-def frozen_copy(model: Any) -> Any:
-    """The model as it is now, for the KL penalty; says what memory that takes."""
-    reference = twin(model) if sharded_modules(model) else copy.deepcopy(model)
+def frozen_copy(model: Any, before_lora: bool = False) -> Any:
+    """The model as it is now, for the KL penalty; says what memory that takes. `before_lora`: its
+    weights will stand still, and the copy holds the same tensors, unless they are sharded."""
+    shared = {id(p): p for p in model.parameters()} if before_lora else {}
+    reference = twin(model) if sharded_modules(model) else copy.deepcopy(model, shared)
     reference.requires_grad_(False).eval()
-    size = sum(local(p).numel() * p.element_size() for p in reference.parameters())
+    own = [p for p in reference.parameters() if id(p) not in shared]
+    size = sum(local(p).numel() * p.element_size() for p in own)
     print0(f"--kl: a frozen copy of the model takes {size / 2**20:,.0f} MiB")
     return reference

@@ -146,20 +146,24 @@ def to_batches(
     pad_id: int,
     device: torch.device,
     by_std: bool = False,
+    max_tokens: int | None = None,
 ) -> list[PolicyBatch]:
     """Micro-batches of the replies whose group has variance; the others teach nothing.
 
     Loss is on sampled tokens only, the stop token included: without it ending would never be
-    reinforced. Replies of similar length share a micro-batch, the longest come last; the last one
-    may be smaller, and no reply is left out."""
+    reinforced. Replies of similar length share a micro-batch, the longest come first: memory that
+    does not suffice shows at once. A micro-batch has `device_batch_size` replies; or with
+    `max_tokens` as many as have no more tokens than that, padding included, and one at least. The
+    last one may be smaller, and no reply is left out."""
     weights = advantages(rollouts.rewards, by_std)
     useful = np.repeat(rollouts.useful, weights.shape[1])
     rows: list[int] = np.flatnonzero(useful).tolist()
     rows.sort(key=lambda i: len(rollouts.sequences[i]))
     batches = []
-    for at in range(0, len(rows), device_batch_size):
-        chunk = rows[at : at + device_batch_size]
-        T = max(len(rollouts.sequences[i]) for i in chunk) - 1
+    while rows:
+        T = len(rollouts.sequences[rows[-1]]) - 1
+        size = max(1, max_tokens // T) if max_tokens else device_batch_size
+        rows, chunk = rows[:-size], rows[-size:]
         idx = torch.full((len(chunk), T), pad_id, dtype=torch.int64)
         targets = torch.full((len(chunk), T), IGNORE, dtype=torch.int64)
         sampled_log_probs = torch.zeros(len(chunk), T)

@@ -132,6 +132,8 @@ class Choice:
         True where a row's text has the token, and is needed if a row has a repetition penalty."""
         if self.penalty is not None and seen is not None:
             logits = penalised(logits.float(), seen, self.penalty)
+        if len(self.groups) == 1 and self.groups[0].kind == "greedy":
+            return _likeliest(logits)
         # float32 rounds a number close to 1 up to 1, which would point past the last token.
         u = torch.tensor(uniforms, dtype=torch.float32).clamp_(max=1 - 2**-24)[:, None]
         u = u.to(self.device, non_blocking=True)
@@ -157,12 +159,16 @@ def penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(seen, less, logits)
 
 
+def _likeliest(logits: Tensor) -> Tensor:
+    if logits.device.type == "cpu":  # NumPy finds it ten times as fast; ties: the first, too
+        return torch.from_numpy(logits.float().numpy().argmax(-1))
+    return logits.argmax(-1)
+
+
 def _choose(group: _Group, logits: Tensor, u: Tensor) -> Tensor:
     """The choice of one group: (r, V) logits, (r, 1) uniform numbers -> (r,) tokens."""
     if group.kind == "greedy":
-        if logits.device.type == "cpu":  # NumPy finds it ten times as fast; ties: the first, too
-            return torch.from_numpy(logits.float().numpy().argmax(-1))
-        return logits.argmax(-1)
+        return _likeliest(logits)
     logits, ids = logits.float(), None
     if group.temperature is not None:
         logits = logits / group.temperature

@@ -8,6 +8,11 @@ computes, and are given up after it; its gradients are summed to the ranks that 
 are fast, and every node has a copy, so that only gradients cross the network between them; each
 node then takes the optimizer's step by itself, on its own copy of the state.
 
+Shares are float32, as are the sums of gradients over ranks and micro-batches. Where products are
+computed in bfloat16 (or float16), a block's weights are rounded before they travel instead of after
+it, which halves what is sent and leaves the products what they are. Embedding and head travel in
+float32: what is looked up is not rounded, nor are sums over all tokens.
+
     model = build_sharded(config, info, "fsdp")      # no values yet: load_weights or init_sharded
     init_sharded(model, seed)                        # the values that one process would draw
     with gathered(model):                            # whole on every rank, for evaluations
@@ -35,6 +40,7 @@ from nanochat.common import UserError
 from nanochat.distributed import DistInfo, local, local_rows
 from nanochat.flags import TrainFlags
 from nanochat.models import ARCHITECTURES, Config, arch_of, build_model
+from nanochat.precision import choose_precision
 from nanochat.recompute import Mode, blocks_of, recompute
 
 
@@ -62,7 +68,8 @@ def build_for(
     size = shard_size(args.shard, info.world_size, args.shard_size)
     if size == 1:
         return build_model(config, info.device, seed=seed)
-    model = build_sharded(config, info, size, mode)
+    dtype = choose_precision(args.dtype, info.device).dtype
+    model = build_sharded(config, info, size, mode, dtype)
     if seed is not None:
         init_sharded(model, seed)
     return model
@@ -78,24 +85,40 @@ def make_mesh(device_type: str, world_size: int, size: int) -> DeviceMesh:
     )
 
 
-def build_sharded(config: Config, info: DistInfo, size: int, mode: Mode = "none") -> Any:
+def build_sharded(
+    config: Config,
+    info: DistInfo,
+    size: int,
+    mode: Mode = "none",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """A model whose weights are shared out over `size` ranks, without values: no rank ever holds
-    all of it. `mode` of recompute cannot be changed later. All ranks must call it."""
-    return _build(config, make_mesh(info.device.type, info.world_size, size), info.device, mode)
+    all of it. `mode` of recompute cannot be changed later. `dtype`: what matrix products are
+    computed in. All ranks must call it."""
+    mesh = make_mesh(info.device.type, info.world_size, size)
+    return _build(config, mesh, info.device, mode, dtype)
 
 
-def _build(config: Config, mesh: DeviceMesh, device: torch.device, mode: Mode) -> Any:
+def _build(
+    config: Config, mesh: DeviceMesh, device: torch.device, mode: Mode, dtype: torch.dtype
+) -> Any:
     # Here, as importing it takes a second that runs without it need not spend
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # Of losses by token, which are views: nothing here changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     with torch.device("meta"):
         model = ARCHITECTURES[arch_of(config)][0](config)
     recompute(model, mode)
+    rounded = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the residual stream stays float32, as in one process
+    )
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=rounded)
     fully_shard(model, mesh=mesh)
+    model.gathered_dtype = dtype
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         # Without this the factor 1 is a kind of reduction of its own, which gloo lacks
@@ -113,7 +136,7 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 def twin(model: Any) -> Any:
     """A sharded model of the same weights."""
     p = next(model.parameters())
-    copy = _build(model.config, p.device_mesh, local(p).device, "none")
+    copy = _build(model.config, p.device_mesh, local(p).device, "none", model.gathered_dtype)
     with torch.no_grad():
         for new, old in zip(copy.parameters(), model.parameters()):
             local(new.detach()).copy_(local(old.detach()))

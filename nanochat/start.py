@@ -35,8 +35,9 @@ from nanochat.checkpoint import (
 from nanochat.common import UserError, print0, warn0
 from nanochat.distributed import DistInfo, rank_and_world, sum_over_ranks
 from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, InheritedFlags, TrainFlags
+from nanochat.lora import LoraFlags, adapt
 from nanochat.models import Config, build_model, config_from_dict, config_to_dict
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.recompute import Mode
 from nanochat.retokenize import retrain_embeddings
 from nanochat.shard import build_for
@@ -67,6 +68,30 @@ class Start:
             self.model = build_for(args, self.model.config, info, mode)
             load_weights(self.folder, self.model)
         return self.model
+
+    def describe(self, train_data: str, validation: str, **more: Any) -> dict[str, Any]:
+        """meta of the run that starts here, for the Trainer: the fingerprint of what it learns
+        from, what it is validated on in words, and what the stage adds."""
+        data = {"train": train_data}
+        name = self.meta["tokenizer"]
+        return run_meta(name, self.tokenizer, data, self.name, validation) | more
+
+
+def run_meta(
+    tokenizer_name: str | None,
+    tokenizer: Any,
+    data: dict[str, str],
+    started_from: str | None,
+    validation: str,
+) -> dict[str, Any]:
+    """What a run of any stage says of itself in its checkpoints. `data`: fingerprints by role."""
+    return {
+        "tokenizer": tokenizer_name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "data": data,
+        "started_from": started_from,
+        "validation": validation,
+    }
 
 
 def start_from(
@@ -131,6 +156,23 @@ def _trained_with(flag: str, start: Start) -> tuple[Any, bool]:
         return UNKNOWN_BATCH_SIZE, False
     default = getattr(TrainFlags, flag)
     return default * (lr_frac(-1, start.meta) if flag.endswith("_lr") else 1), False
+
+
+def optimizer_of(args: FinetuneFlags, start: Start, info: DistInfo) -> MuonAdamW:
+    """The optimizer of a finetuning stage, for the model in its place. With --lora_rank, of the
+    matrices that are added to the model here; else of all weights: a new one, or where the stage
+    goes on as the model was trained (InheritedFlags), with the state that the checkpoint has of it.
+    All ranks must call it."""
+    if isinstance(args, LoraFlags) and args.lora_rank:
+        return adapt(start.model, args)
+    rates = (args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay)
+
+    def make() -> MuonAdamW:
+        return make_optimizer(start.model, *rates, args.init_lr_frac, shard=args.shard)
+
+    if isinstance(args, InheritedFlags):
+        return continued_optimizer(make, args, start, info.device)
+    return make()
 
 
 def continued_optimizer(

@@ -410,11 +410,14 @@ class Trainer:
             )  # fmt: skip
         self._log_mark = self._log_size()
 
-    def log(self, event: str, **values: Any) -> None:
+    def log(self, event: str, *, of_step: bool = False, **values: Any) -> None:
         """One row in the run's JSONL file (rank 0), and in wandb if --run names a run. Rows of the
-        steps before it come first."""
+        steps before it come first. `of_step`: it belongs to the step just taken, and is not written
+        again by a run that is resumed after that."""
         self.meter.flush()
         self._write_row(event, self.state.step, **values)
+        if of_step:
+            self._log_mark = self._log_size()
 
     def _write_row(self, event: str, step: int, **values: Any) -> None:
         if self.info.rank != 0:

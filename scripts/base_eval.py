@@ -17,9 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
+
 from nanochat import distributed, flags
 from nanochat.checkpoint import load_model
-from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0, warn0
+from nanochat.common import UserError, append_jsonl, get_base_dir, is_rank0, print0
 from nanochat.dataloader import RowReader, eval_batches
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
@@ -54,7 +56,7 @@ class Args(flags.CacheFlags, flags.PrecisionFlags):
     """Step of the checkpoint; default: the last."""
     hf: str | None = None
     """Evaluate this Hugging Face folder or model of the hub instead. Not an architecture of ours:
-    run by transformers, if installed, without samples."""
+    run by transformers, if installed."""
     eval: str = ",".join(KINDS)
     """What to measure, joined by commas: core, bpb, sample."""
     max_per_task: int = -1
@@ -89,20 +91,13 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
     else:
         model, tokenizer, meta = load_model(args.source, info.device, args.model_tag, args.step)
     print0(f"evaluating {stage} {meta['tag']}, step {meta['step']}")
-    if isinstance(model, TransformersModel) and "sample" in wanted:
-        warn0("no samples: this model runs in transformers, and our engine knows only our own")
-        wanted.remove("sample")
     run_name = f"{stage}_{meta['tag']}_{meta['step']}"
     row: dict[str, Any] = {
         "source": stage, "model_tag": meta["tag"], "step": meta["step"],
     }  # fmt: skip
 
     if "sample" in wanted and info.rank == 0:
-        engine, bos = Engine(model, tokenizer), tokenizer.get_bos_token_id()
-        prompts = [tokenizer.encode(prompt, prepend=bos) for prompt in PROMPTS]
-        sequences, _ = engine.generate_batch(prompts, max_tokens=16, temperature=0)
-        free, _ = engine.generate_batch([bos], num_samples=4, max_tokens=64, temperature=1.0)
-        row["samples"] = [tokenizer.decode(ids[1:]) for ids in [*sequences, *free]]
+        row["samples"] = samples(model, tokenizer)
         for text in row["samples"]:
             print0(f"  {text!r}")
 
@@ -152,6 +147,22 @@ def core_row(core: dict[str, Any]) -> dict[str, Any]:
     return {
         "core_metric": core["core_metric"], "core_stderr": core["core_stderr"], "core_tasks": tasks,
     }  # fmt: skip
+
+
+def samples(model: Any, tokenizer: Any) -> list[str]:
+    """How the model goes on with PROMPTS, and four texts of its own."""
+    bos = tokenizer.get_bos_token_id()
+    prompts = [tokenizer.encode(prompt, prepend=bos) for prompt in PROMPTS]
+    if isinstance(model, TransformersModel):
+        torch.manual_seed(0)
+        found = model.generate_batch(prompts, 1, 16, 0.0) + model.generate_batch(
+            [[bos]], 4, 64, 1.0
+        )
+    else:
+        engine = Engine(model, tokenizer)
+        found, _ = engine.generate_batch(prompts, max_tokens=16, temperature=0)
+        found += engine.generate_batch([bos], num_samples=4, max_tokens=64, temperature=1.0)[0]
+    return [tokenizer.decode(ids[1:]) for ids in found]
 
 
 if __name__ == "__main__":

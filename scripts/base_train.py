@@ -34,7 +34,7 @@ from nanochat.schedule import (
     muon_momentum,
 )
 from nanochat.shard import build_for, gathered
-from nanochat.start import base_meta, continued_config, load_base, lr_frac
+from nanochat.start import base_meta, continued_config, load_base, lr_frac, run_meta
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.train import Trainer
@@ -153,23 +153,11 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         info.world_size,
         info.device,
     )
+    data = {"train": source.fingerprint, "val": val_source.fingerprint}
     trainer = Trainer(
-        "base",
-        args.model_tag or default_tag,
-        args,
-        info,
-        model,
-        optimizer,
-        num_steps,
-        meta={
-            "tokenizer": args.tokenizer,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"train": source.fingerprint, "val": val_source.fingerprint},
-            "started_from": started_from,
-            "validation": files.validation,
-        },
-        loader=loader,
-    )
+        "base", args.model_tag or default_tag, args, info, model, optimizer, num_steps,
+        run_meta(args.tokenizer, tokenizer, data, started_from, files.validation), loader,
+    )  # fmt: skip
     # Step by step
     for step in trainer.steps():
         if trainer.is_due(args.eval_every, at_start=True):

@@ -38,12 +38,11 @@ from nanochat.dpo import (
     reference_log_probs,
     seen_by,
 )
-from nanochat.optim import make_optimizer
 from nanochat.plan import settle
 from nanochat.rollout import problem_order
 from nanochat.schedule import lr_multiplier
 from nanochat.shard import gathered
-from nanochat.start import Start, start_from
+from nanochat.start import Start, optimizer_of, start_from
 from nanochat.train import Trainer
 from nanochat.trial import confirm
 
@@ -124,13 +123,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
     rows_per_step, length = 2 * args.pairs_per_step, pairs.longest - 1
     settled = settle(args, model.config, info, rows_per_step, length)
     model = start.place(args, info, settled[1])
-    if args.lora_rank:
-        optimizer = lora.adapt(model, args)
-    else:
-        optimizer = make_optimizer(
-            model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-            args.init_lr_frac, shard=args.shard,
-        )  # fmt: skip
+    optimizer = optimizer_of(args, start, info)
     # The two replies of a pair go through together: their loss is one
     settled = (max(2, settled[0]), settled[1])
     micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, length) // 2
@@ -140,21 +133,9 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
             "--activation_checkpointing=block or --lora_rank"
         )
     trainer = Trainer(
-        "dpo",
-        args.model_tag or start.tag,
-        args,
-        info,
-        model,
-        optimizer,
-        num_steps,
-        meta={
-            "tokenizer": start.meta["tokenizer"],
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"train": pairs.fingerprint},
-            "started_from": start.name,
-            "validation": validation,
-        },
-    )
+        "dpo", args.model_tag or start.tag, args, info, model, optimizer, num_steps,
+        start.describe(pairs.fingerprint, validation),
+    )  # fmt: skip
     # The model is the reference still, in a run that will be resumed too: it was not yet loaded.
     pad = tokenizer.get_bos_token_id()
 
@@ -192,7 +173,7 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         ]  # fmt: skip
         # The rate falls linearly over the whole run
         trainer.step([*step_batches], lr_multiplier(step, num_steps, warmdown_ratio=1.0))
-        trainer.log("dpo", **seen_by(step_batches, info))
+        trainer.log("dpo", of_step=True, **seen_by(step_batches, info))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Reinforcement learning on problems whose answers can be checked (GSM8K, or rows 
 Each step takes a few problems, samples several replies to each, rewards the right ones, and makes
 what did better than its group's mean more likely. Starts from the newest SFT model and saves to
 chatrl_checkpoints/<tag>/. Rates and optimizer are its own: gradients of rewards are unlike those of
-text. See nanochat/rollout.py for the method, nanochat/policy.py for the loss, and
-nanochat/rewards.py for rewards of your own.
+text. With --lora_rank little memory is needed beside the weights. See nanochat/rollout.py
+for the method, nanochat/policy.py for the loss, and nanochat/rewards.py for rewards of your own.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat import distributed, flags
+from nanochat import distributed, flags, lora
 from nanochat.common import UserError, fingerprint, seed_from, warn0
 from nanochat.distributed import max_over_ranks, sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.evals.chat import run_chat_eval
 from nanochat.evals.pass_at_k import interval, sampled_passes
-from nanochat.optim import make_optimizer
 from nanochat.plan import settle
-from nanochat.policy import Policy, frozen_copy
+from nanochat.policy import Policy, PolicyBatch, compared, frozen_copy
 from nanochat.preview import preview_problems
 from nanochat.rewards import Reward, get_reward
 from nanochat.rollout import Rollouts, problem_order, sample_rollouts, spare_problems, to_batches
 from nanochat.schedule import lr_multiplier
-from nanochat.start import Start, start_from
+from nanochat.start import Start, optimizer_of, start_from
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
 from nanochat.train import Trainer
@@ -39,7 +38,7 @@ from nanochat.trial import confirm
 
 
 @dataclass
-class Args(flags.FinetuneFlags):
+class Args(lora.LoraFlags, flags.FinetuneFlags):
     """Improve a chat model by rewarding right answers."""
 
     source: flags.Source = "sft"
@@ -65,8 +64,9 @@ class Args(flags.FinetuneFlags):
     """Problems in one optimizer step, over all ranks."""
     num_samples: int = 16
     """Replies sampled for each problem."""
-    device_batch_size: int | Literal["auto"] = 8
-    """Replies in one micro-batch of training on one rank. Results stay the same."""
+    device_batch_size: int | Literal["auto"] = "auto"
+    """Replies in one micro-batch of training on one rank. auto: as many as have the tokens that fit
+    and keep the device busy. Results do not depend on it."""
     max_new_tokens: int = 256
     """Longest reply, in tokens."""
     temperature: float = 1.0
@@ -86,16 +86,18 @@ class Args(flags.FinetuneFlags):
     epsilon, 0.2 for one; 0: any distance. With --inner_steps=1 every ratio is 1."""
     kl: float = 0.0
     """Weight of the KL divergence from the model that training started with, of which a frozen copy
-    is kept; 0: none."""
+    is kept (with --lora_rank on one device, without memory of its own); 0: none."""
     init_lr_frac: float = 0.05
     """Learning rates start at this share of the values above, and fall to 0."""
+    lora_lr: float = 1e-4
+    """AdamW learning rate of LoRA's matrices at the start, whatever --init_lr_frac says."""
     eval_every: int = 60
     """Steps between evaluations on held-out problems; -1: only before and after."""
     eval_examples: int = 400
     """Held-out problems of an evaluation."""
-    eval_samples: int = 0
-    """Replies sampled for each problem of an evaluation, at --temperature and --top_k, for pass@k
-    beside that of the one most likely reply; 0: none."""
+    eval_samples: int = 4
+    """Replies sampled for each problem of an evaluation, at --temperature and --top_k, for pass@1
+    to pass@k beside the pass@1 of the one most likely reply; 0: none."""
     save_every: int = 60
     """Steps between checkpoints; -1: only at the end."""
 
@@ -167,31 +169,18 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
     rows_per_step = args.examples_per_step * args.num_samples
     # The longest reply that a row may hold, after a question
     length = model.config.sequence_len
-    settled = settle(args, model.config, info, rows_per_step, length, copies=2 if args.kl else 1)
+    one_copy = not args.kl or (args.lora_rank and info.world_size == 1)
+    settled = settle(args, model.config, info, rows_per_step, length, copies=1 if one_copy else 2)
     model = start.place(args, info, settled[1])
-    # Before the Trainer, which may load a resumed run's weights
-    reference = frozen_copy(model) if args.kl else None
-    optimizer = make_optimizer(
-        model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
-        args.init_lr_frac, shard=args.shard,
-    )  # fmt: skip
+    # Before LoRA, and before the Trainer, which may load a resumed run's weights
+    reference = frozen_copy(model, args.lora_rank > 0) if args.kl else None
+    optimizer = optimizer_of(args, start, info)
     micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, length)
+    problems = fingerprint(*(json.dumps(task[i]) for i in range(len(task))))
     trainer = Trainer(
-        "rl",
-        args.model_tag or start.tag,
-        args,
-        info,
-        model,
-        optimizer,
-        num_steps,
-        meta={
-            "tokenizer": start.meta["tokenizer"],
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "data": {"train": fingerprint(*(json.dumps(task[i]) for i in range(len(task))))},
-            "started_from": start.name,
-            "validation": validation,
-        },
-    )
+        "rl", args.model_tag or start.tag, args, info, model, optimizer, num_steps,
+        start.describe(problems, validation),
+    )  # fmt: skip
     engine = Engine(model, tokenizer)
     policy = Policy(
         model, trainer.train_step.forward, engine.vocab_size, clip=args.clip, kl=args.kl,
@@ -211,15 +200,21 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         with trainer.autocast():
             rollouts = replies_of(step, args, task, reward, engine, trainer)
         trainer.end_if_stopped()  # the replies may have been broken off
-        batches = to_batches(
-            rollouts, micro_batch, tokenizer.get_bos_token_id(), info.device, args.advantage_std
+        n, reward_sum = sum_over_ranks(
+            rollouts.rewards.size, rollouts.rewards.sum(), device=info.device
         )
+        trainer.metrics["reward"] = reward_sum / n  # for the line of the step
+        batches = to_batches(
+            rollouts, micro_batch, tokenizer.get_bos_token_id(), info.device, args.advantage_std,
+            max_tokens=micro_batch * length if args.device_batch_size == "auto" else None,
+        )  # fmt: skip
         with trainer.autocast():
-            compared = policy.begin(batches, args.inner_steps > 1)
-        log_replies(args, rollouts, compared, trainer, warned)
+            policy.begin(batches)
         for inner in range(args.inner_steps):
             # The rate falls linearly over the whole run
             trainer.step([*batches], lr_multiplier(step + inner, num_steps, warmdown_ratio=1.0))
+            if inner == 0:
+                log_replies(args, rollouts, batches, trainer, warned)
 
 
 def replies_of(
@@ -251,21 +246,21 @@ def replies_of(
 
 
 def log_replies(
-    args: Args, rollouts: Rollouts, compared: dict[str, Any], trainer: Trainer, warned: set[str]
+    args: Args, rollouts: Rollouts, batches: list[PolicyBatch], trainer: Trainer, warned: set[str]
 ) -> None:
-    """Logs what all ranks' replies earned and how they ended, and warns once of what is wrong."""
-    device = trainer.info.device
+    """Logs what all ranks' replies earned and how they ended, and how the first step on them saw
+    what the engine had sampled; warns once of what is wrong."""
+    device, seen = trainer.info.device, compared(batches)
     n, reward, tokens, ended, groups, useful, looked_at, diff, kl = sum_over_ranks(
         rollouts.rewards.size, rollouts.rewards.sum(), rollouts.lengths.sum(),
         rollouts.ended.sum(), len(rollouts.rewards), rollouts.useful.sum(),
-        compared["tokens"], compared["diff"], compared["kl"], device=device,
+        seen["tokens"], seen["diff"], seen["kl"], device=device,
     )  # fmt: skip
-    diff_max = max_over_ranks(compared["diff_max"], device)
+    diff_max = max_over_ranks(seen["diff_max"], device)
     mean_diff, truncated = diff / max(1.0, looked_at), 1 - ended / n
     extra = {"kl": kl / max(1.0, looked_at)} if args.kl else {}
-    trainer.metrics["reward"] = reward / n
     trainer.log(
-        "rl", reward=reward / n, completion_tokens=tokens / n, ended=ended / n,
+        "rl", of_step=True, reward=reward / n, completion_tokens=tokens / n, ended=ended / n,
         truncated=truncated, groups=int(groups), useful_groups=int(useful),
         logp_diff_mean=mean_diff, logp_diff_max=diff_max, **extra,
     )  # fmt: skip

@@ -49,7 +49,9 @@ class Host:
         for device in ("lo", "eth0"):
             run(*inside, "link", "set", device, "up")
 
-    def start(self, words: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
+    def start(
+        self, words: Sequence[str], output: Path, variables: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
         """Starts a program on this host, with what it says in a file."""
         mounts = [f"mount --bind {self.cluster.hosts_file} /etc/hosts"]
         mounts += [f"mount -t tmpfs tmpfs {folder}" for folder in self.private]
@@ -59,7 +61,7 @@ class Host:
         setup = " && ".join([f"hostname {self.name}", *mounts, 'exec "$@"'])
         env = {
             **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0",
-            "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(REPO), "PYTHONUNBUFFERED": "1", **variables,
         }  # fmt: skip
         with open(output, "wb") as f:
             return subprocess.Popen(
@@ -147,7 +149,8 @@ def cluster(folder: Path, size: int) -> Iterator[Cluster]:
 
 
 class Run:
-    """scripts.<script> on several hosts under torchrun, which meet at the first of them."""
+    """scripts.<script> on several hosts under torchrun, which meet at the first of them, or at
+    another. `variables` are of the environment."""
 
     def __init__(
         self,
@@ -158,6 +161,8 @@ class Run:
         ranks: int = 1,
         nodes: str = "",
         torchrun: Sequence[str] = (),
+        meet: Host | None = None,
+        variables: dict[str, str] | None = None,
     ) -> None:
         self.outputs = {host.name: folder / f"{host.name}.txt" for host in hosts}
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
@@ -165,10 +170,10 @@ class Run:
             words = [
                 sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes or len(hosts)}",
                 f"--nproc_per_node={ranks}", "--rdzv_backend=c10d", "--rdzv_id=test",
-                f"--rdzv_endpoint={hosts[0].address}:{PORT}", f"--local_addr={host.address}",
-                *torchrun, "-m", f"scripts.{script}", "--", *argv,
+                f"--rdzv_endpoint={(meet or hosts[0]).address}:{PORT}",
+                f"--local_addr={host.address}", *torchrun, "-m", f"scripts.{script}", "--", *argv,
             ]  # fmt: skip
-            self.agents[host.name] = host.start(words, self.outputs[host.name])
+            self.agents[host.name] = host.start(words, self.outputs[host.name], variables or {})
 
     def said(self, host: str) -> str:
         return self.outputs[host].read_text(encoding="utf-8", errors="replace")

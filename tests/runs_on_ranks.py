@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -135,6 +135,7 @@ def work(process: int, ports: list[int], folder: Path, runs: Sequence[Run]) -> N
     init = dist.init_process_group
     limit = timedelta(seconds=PATIENCE)
     dist.init_process_group = lambda *args, **kwargs: init(*args, **{**kwargs, "timeout": limit})
+    remember_plans()
     with open(folder / f"process_{process}.txt", "w", buffering=1, encoding="utf-8") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -153,6 +154,21 @@ def work(process: int, ports: list[int], folder: Path, runs: Sequence[Run]) -> N
                 store.set(f"done {run.key}", "")
         faulthandler.cancel_dump_traceback_later()
         print(f"=== done after {time.process_time():.0f} s of a core", flush=True)
+
+
+def remember_plans() -> None:
+    """A third of such a short run is the estimate of its memory, which decides nothing here, as
+    micro-batch and --shard are typed: one for each model is enough."""
+    from nanochat.plan import Planner
+
+    memory, found = Planner.memory, dict[Any, Any]()
+
+    def remembered(planner: Any, batch: int, mode: Any = "none", length: int | None = None) -> Any:
+        if planner.config not in found:
+            found[planner.config] = memory(planner, batch, mode, length)
+        return replace(found[planner.config], batch=batch, mode=mode)
+
+    Planner.memory = remembered  # type: ignore[method-assign]
 
 
 def take_part(run: Run, rank: int, port: int, folder: Path, store: Any) -> None:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,3 +78,20 @@ def test_a_difference_is_believed_beyond_twice_its_error() -> None:
     assert [bench.verdict(found[n]) for n in ("base", "worse", "tie", "once")] == [
         "", "worse", "tie", "one seed",
     ]  # fmt: skip
+
+
+def test_a_second_epoch_has_the_rows_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(reader: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert (np.diff(rows) > 0).all()  # what a reader may be asked for
+        return rows, rows
+
+    monkeypatch.setattr(bench.RowReader, "read_rows", read)
+    half = bench.TOKENS // 2 // bench.ROW
+    for reshuffled in (False, True):
+        with ExitStack() as stack:
+            bench.second_epoch(reshuffled)(stack)
+            take: Any = bench.RowReader.read_rows
+            parts = [take(None, np.arange(at, at + 4))[0] for at in range(0, 2 * half, 4)]
+        first, second = np.split(np.concatenate(parts), 2)
+        assert (first == np.arange(half)).all() and (np.sort(second) == first).all()
+        assert (first == second).all() != reshuffled

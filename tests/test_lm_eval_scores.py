@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 
 from bench import lm_eval_scores as bench
 from bench.lm_eval_chat import chat_disagreement, chat_document, chat_task, compare_chat
+from bench.lm_eval_piqa import compare_piqa, core_item, piqa_task, read_rows, write_piqa
 from bench.lm_eval_rows import document, pairs_of, probes_of
-from nanochat.common import UserError
+from nanochat.common import UserError, read_jsonl
 from nanochat.evals.core import (
     CoreTask,
     Item,
@@ -64,6 +66,9 @@ def found_by_us(test: bench.Test, model: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         test.name: {"rows": rows, "metrics": bench.metrics_of(test, rows)},
         f"{test.name}_again": {"rows": again, "metrics": {}},
+        f"{test.name}_tokens": {
+            "rows": [bench.our_scores(model, row.spans) for row in test.rows if row.spans]
+        },
     }
 
 
@@ -129,6 +134,26 @@ def test_agreement_is_seen_and_so_is_each_difference(arch: str, kind: str, tmp_p
     changed = copy.deepcopy(theirs)
     changed[test.name]["metrics"]["acc"] += 0.01
     assert "acc " in bench.disagreement(bench.compare(test, changed, model, tokenizer))
+
+
+def test_rows_that_part_within_a_character_are_asked_by_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These letters share their first byte of two: no text ends there."""
+    rows: list[Item] = [{"query": "Tom writes", "choices": ["\u010c", "\u0106"], "gold": 0}]
+    monkeypatch.setitem(ROWS, "multiple_choice", rows)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("gpt", vocab_size=400, sequence_len=64).eval()
+    test = make_test(tmp_path, "multiple_choice", 0, tokenizer)
+    (row,) = test.rows
+    assert row.spans is not None and [len(ids) - start for ids, start in row.spans] == [1, 1]
+    theirs = found_by_us(test, model, tokenizer)
+    compared = bench.compare(test, theirs, model, tokenizer)
+    assert bench.disagreement(compared) == "" and compared["by_tokens"] == 1
+    found = theirs[f"{test.name}_tokens"]["rows"][0]
+    found["lls"] = found["lls"][::-1]
+    noticed = bench.disagreement(bench.compare(test, theirs, model, tokenizer))
+    assert "other_predictions 1" in noticed and "CORE's accuracy" in noticed
 
 
 def naive_row(folder: Path, pairs: list[tuple[str, str]], add_bos: bool) -> Item:
@@ -202,17 +227,52 @@ def test_what_was_recorded_is_agreement() -> None:
     assert result["disagreements"] == []
     assert [model["arch"] for model in result["models"]] == list(bench.ARCHS)
     for model in result["models"]:
-        assert {"arc_easy", "hellaswag", "lambada_openai", "winogrande"} <= {
-            row["task"] for row in model["tasks"]
-        }
-        assert all(bench.disagreement(row) == "" for row in model["tasks"])
-        assert chat_disagreement(model["chat"], bench.CLOSE) == ""
+        names = {row["task"] for row in model["tasks"]}
+        assert {"arc_easy", "piqa", "boolq", "hellaswag", "lambada_openai", "winogrande"} <= names
+        assert len(names) == 21  # all of CORE that could be had, and PIQA
+        assert bench.all_disagreements(model) == [] and model["piqa"]["rows"] >= 20
+        assert any(row["by_tokens"] for row in model["tasks"])
         # The models know something: agreement on guesses would say little
         right = [row["core"]["ours"] - row["chance"] for row in model["tasks"]]
         assert sum(right) / len(right) > 0.1
     rows = [row for model in result["models"] for row in model["tasks"]]
     assert sum(row["loglikelihoods"] for row in rows) == result["loglikelihoods"] > 1000
     assert any(row["cropped"] for row in rows) and any(row["cut_again"] for row in rows)
+
+
+def test_piqa_is_asked_as_lm_eval_asks_it(tmp_path: Path) -> None:
+    """Its piqa.yaml: "Question: {{goal}}\\nAnswer:", a space, and the solution; acc_norm by the
+    solution's length without the space."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("gpt", vocab_size=400, sequence_len=256).eval()
+    rows, task = read_rows(), piqa_task(tmp_path)
+    assert 24 <= len(rows) <= 40 and {row["label"] for row in rows} == {0, 1}
+    assert read_items(task)[3] == core_item(rows[3])
+    test = bench.make_test(replace(task, num_fewshot=0), 8, tokenizer)
+    spec = write_piqa(tmp_path, test.indices)
+    chosen = [row for _, row in read_jsonl(Path(spec["rows"]))]
+    theirs = []
+    for row in chosen:
+        context = f"Question: {row['goal']}\nAnswer:"
+        pairs = [(context, f" {row[key]}") for key in ("sol1", "sol2")]
+        theirs.append(bench.our_row(model, tokenizer, pairs))
+    ours = [bench.our_row(model, tokenizer, pairs_of(row.document)) for row in test.rows]
+    metrics = bench.metrics_of(test, ours)
+    normed = [
+        bench.best([ll / len(row[key]) for ll, key in zip(found["lls"], ("sol1", "sol2"))])
+        for row, found in zip(chosen, theirs)
+    ]
+    right = [row["label"] for row in chosen]
+    assert metrics["acc_norm"] == sum(p == g for p, g in zip(normed, right)) / len(right)
+    found = {"rows": theirs, "metrics": metrics}
+    assert bench.disagreement(compare_piqa(ours, metrics, found)) == ""
+    theirs[0]["pairs"][0][0] += "!"
+    theirs[1]["starts"] = [0, 0]
+    theirs[2]["lls"] = theirs[2]["lls"][::-1]
+    theirs[3]["greedy"] = [True, True]
+    noticed = bench.disagreement(compare_piqa(ours, metrics, found))
+    for word in ("other_texts 1", "other_tokens 1", "other_predictions 1", "other_greedy 1"):
+        assert word in noticed
 
 
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:

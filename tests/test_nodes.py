@@ -76,7 +76,7 @@ def test_two_hosts_train_as_one_process_does(two: Cluster, base: Path, tmp_path:
         *BASE_FLAGS, "--model_tag=two", f"--token_cache_dir={cache}", "--save_every=3",
         "--device_batch_size=1",
     ]  # fmt: skip
-    run = Run(two.hosts, "base_train", argv, tmp_path, ranks=2)
+    run = Run(two.hosts, "base_train", argv, tmp_path)
     assert run.wait() == [0, 0], run.everything()
     assert list_steps("base", "two") == [3, 6]
     assert pins_path().exists()
@@ -100,53 +100,54 @@ def test_two_hosts_with_a_folder_each_are_told(two: Cluster, base: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_host_vanishes_and_the_others_go_on(three: Cluster, base: Path, tmp_path: Path) -> None:
-    """torchrun starts the two that are left again, by the same command, which resumes."""
+def test_hosts_vanish_and_the_others_go_on_while_they_can_meet(
+    three: Cluster, base: Path, tmp_path: Path
+) -> None:
+    """By the recipe of docs/many_machines.md. First rank 0's host is lost: torchrun starts the two
+    that are left again, by the same command, which resumes. Then the host is lost where the agents
+    meet: the last one cannot go on, says why and ends."""
     argv = [
-        *BASE_FLAGS, "--model_tag=elastic", "--resume", "--save_every=20", "--eval_every=-1",
-        "--num_iterations=100", "--keep_last=-1", f"--rank_timeout={TIMEOUT}",
-        "--total_batch_size=768",
+        *BASE_FLAGS, *FOREVER, "--model_tag=elastic", "--resume", "--save_every=20",
+        "--eval_every=-1", "--keep_last=-1", f"--rank_timeout={TIMEOUT}", "--total_batch_size=768",
     ]  # fmt: skip
+    a, b, _ = three.hosts
     run = Run(
-        three.hosts, "base_train", argv, tmp_path, nodes="2:3",
-        torchrun=["--max_restarts=3", "--rdzv_conf=last_call_timeout=5"],
+        three.hosts, "base_train", argv, tmp_path, nodes="1:3",
+        torchrun=["--max_restarts=9", "--rdzv_conf=last_call_timeout=5"], meet=b,
+        variables={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )  # fmt: skip
     run.until(lambda: list_steps("base", "elastic") != [], "a first checkpoint")
-    three.hosts[2].vanish()
-    assert run.wait("a", "b") == [0, 0], run.everything()
-    said = run.said("a")
-    assert "100 steps, 3 rank(s)" in said and "100 steps, 2 rank(s)" in said, said
+    assert "100000 steps, 3 rank(s)" in run.said("a"), run.everything()
+    a.vanish()
+    last = list_steps("base", "elastic")[-1]
+    run.until(lambda: "resumed" in run.said("b") + run.said("c"), "a start without host a")
+    run.until(lambda: list_steps("base", "elastic")[-1] > last, "another checkpoint")
+    said = run.said("b")
+    assert "100000 steps, 2 rank(s)" in said, run.everything()
     resumed = re.search(r"resumed .* at step (\d+)", said)
-    assert resumed and 0 < int(resumed[1]) < 100, said
-    named = [error for error in errors(run.said("a") + run.said("b")) if "host c, pid " in error]
+    assert resumed and int(resumed[1]) == last, said
+    named = [error for error in errors(said + run.said("c")) if "host a, pid " in error]
     assert named and "in step " in named[0], run.everything()
-    assert list_steps("base", "elastic")[-1] == 100
-    assert sorted(losses("elastic")) == list(range(1, 101))
+    begun = time.monotonic()
+    b.vanish()
+    taken = losses("elastic")
+    assert sorted(taken) == list(range(1, len(taken) + 1)) and len(taken) > last
+    run.until(lambda: "host b, pid " in "".join(errors(run.said("c"))), "the end of the last rank")
+    took = time.monotonic() - begun
+    assert took < BOUND, f"{took:.0f} s\n{run.everything()}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fate", ["stopped", "cut off"])
-def test_a_rank_that_is_missing_is_named_in_time(
-    two: Cluster, base: Path, tmp_path: Path, fate: str
-) -> None:
-    tag = fate.replace(" ", "_")
-    argv = [*BASE_FLAGS, *FOREVER, f"--model_tag={tag}", f"--rank_timeout={TIMEOUT}"]
+def test_a_rank_that_is_stuck_is_named_in_time(two: Cluster, base: Path, tmp_path: Path) -> None:
+    argv = [*BASE_FLAGS, *FOREVER, "--model_tag=stopped", f"--rank_timeout={TIMEOUT}"]
     run = Run(two.hosts, "base_train", argv, tmp_path)
-    run.until(lambda: steps_taken(tag) > 2, "some steps")
+    run.until(lambda: steps_taken("stopped") > 2, "some steps")
     begun, b = time.monotonic(), two.hosts[1]
-    if fate == "stopped":
-        os.kill(b.pids("scripts.base_train")[-1], signal.SIGSTOP)  # the agent is older
-    else:
-        b.cut()
-        # torchrun itself, on a host that is cut off, still tries to reach the others' for minutes.
-        run.until(lambda: errors(run.said("b")) != [], "the end of rank 1")
+    os.kill(b.pids("scripts.base_train")[-1], signal.SIGSTOP)  # the agent is older
     assert run.wait("a") != [0], run.everything()
     took = time.monotonic() - begun
     assert took < BOUND, f"{took:.0f} s\n{run.everything()}"
     (error,) = errors(run.said("a"))
     assert re.search(r"rank 1 \(host b, pid \d+, in step \d+\), last seen \d+ s ago", error)
     assert "with --resume" in error
-    if fate == "cut off":
-        (error,) = errors(run.said("b"))
-        assert re.search(r"no answer for \d+ s from 10\.77\.0\.1:\d+.*\(host a, pid", error)
     assert not re.search(r"^\[rank\d+\]: ", run.everything(), re.M)  # a traceback

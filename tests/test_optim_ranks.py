@@ -4,7 +4,9 @@ The optimizer on several ranks, in every mode: gloo processes on this machine ag
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from nanochat.common import UserError
 from nanochat.communication import Owned, PretendRanks, Ranks
 from nanochat.distributed import local, shard_rows
+from nanochat.matrices import CutMatrices
 from nanochat.optim import MuonAdamW, ParamGroup, make_buckets, refuse_divergence
 from tests.ranks_for_tests import as_ranks
 from tests.test_optim import MATRICES, OTHERS, both_kinds, parameters, random, set_gradients
@@ -42,8 +45,11 @@ def test_every_element_has_one_owner_and_all_have_as_many(size: int) -> None:
                     loads[part.rank] += part.stop - part.start
                     for i in range(part.start, part.stop):
                         elements[name][i] += 1
-            unit = next(iter(bucket.params.values())).numel() if group.kind == "muon" else 1
-            if size > 1:
+            first, n = next(iter(bucket.params.values())).numel(), len(bucket.params)
+            unit = first if group.kind == "muon" else 1
+            if isinstance(bucket, CutMatrices):
+                assert max(loads) == n * -(-first // size)
+            elif size > 1:
                 # Rounded up, as stretches must be of one length
                 assert max(loads) == -(-sum(loads) // (size * unit)) * unit
     assert all(count == 1 for counts in elements.values() for count in counts)
@@ -66,6 +72,85 @@ def test_rows_are_shared_out_as_pytorch_does(rows: int, size: int) -> None:
     mine = [list(range(*shard_rows(rows, rank, size))) for rank in range(size)]
     assert mine[: len(chunks)] == [chunk.tolist() for chunk in chunks]
     assert not any(mine[len(chunks) :])
+
+
+# ---- in which order
+
+
+class Watched(PretendRanks):
+    """Ranks that note each transfer when it is begun, and when it is waited for."""
+
+    def noting(self, name: str) -> Any:
+        EVENTS.append(f"begin {name}")
+        return SimpleNamespace(wait=lambda: EVENTS.append(f"wait {name}"))
+
+    def all_reduce(self, tensor: torch.Tensor) -> Any:
+        return self.noting(f"all_reduce {tensor.numel()}")
+
+    def reduce_scatter(self, mine: torch.Tensor, all_of_it: torch.Tensor) -> Any:
+        return self.noting(f"reduce {mine.numel()}")
+
+    def all_gather(self, all_of_it: torch.Tensor, mine: torch.Tensor) -> Any:
+        return self.noting(f"gather {mine.numel()}")
+
+    def all_to_all(self, received: Any, sent: Any, *sizes: Any) -> Any:
+        return self.noting(f"exchange {sent.numel() + received.numel()}")
+
+
+EVENTS: list[str] = []
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_an_update_waits_for_its_own_gradient_alone(
+    clip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All reductions are under way; each bucket is updated when its own is there, and on its way
+    back while later ones are still coming. Clipping needs the norm of all of them first."""
+    shapes = {"a": (8, 8), "b": (8, 8), "c": (4, 8), "d": (4, 8), "table": (50,)}
+    params = parameters(shapes)
+    groups = [
+        ParamGroup("muon", {n: p for n, p in params.items() if p.ndim == 2}, 0.1),
+        ParamGroup("adamw", {"table": params["table"]}, 0.1),
+    ]
+    optimizer = MuonAdamW(groups, "zero", Watched(0, 2))
+    run = optimizer._run
+    monkeypatch.setattr(
+        optimizer, "_run", lambda f, *a: (EVENTS.append(f"update {f.__name__}"), run(f, *a))[1]
+    )
+    EVENTS.clear()
+    optimizer.step(1.0, grad_clip=clip)
+    reduced = ["reduce 64", "reduce 32", "reduce 25"]
+    assert EVENTS[:3] == [f"begin {name}" for name in reduced]
+    steps = [
+        ["update muon_update", "begin gather 64"],
+        ["update muon_update", "begin gather 32"],
+        ["update adamw_update", "begin gather 25"],
+    ]
+    norm = ["begin all_reduce 1", "wait all_reduce 1"]
+    came = [f"wait {name}" for name in reduced]
+    back = [f"wait gather {size}" for size in (64, 32, 25)]
+    if clip:
+        assert EVENTS[3:] == [*came, *norm, *chain(*steps), *back]
+    else:
+        each = chain(*([there, *step] for there, step in zip(came, steps)))
+        assert EVENTS[3:] == [*each, norm[0], *back, norm[1]]
+
+
+def test_matrices_that_are_cut_meet_their_owners_meanwhile() -> None:
+    """One of them on four ranks: its exchange is under way while what comes later is updated."""
+    params = parameters({"a": (8, 8), "table": (50,)})
+    groups = [ParamGroup("muon", {"a": params["a"]}, 0.1)]
+    groups += [ParamGroup("adamw", {"table": params["table"]}, 0.1)]
+    optimizer = MuonAdamW(groups, "zero", Watched(0, 4))
+    assert isinstance(optimizer.buckets[0][1], CutMatrices)
+    EVENTS.clear()
+    optimizer.step(1.0)
+    assert EVENTS == [
+        "begin reduce 16", "begin reduce 13", "wait reduce 16", "begin exchange 80",
+        "wait reduce 13", "begin gather 13", "begin all_reduce 1", "wait exchange 80",
+        "begin exchange 80", "wait exchange 80", "begin gather 16", "wait gather 16",
+        "wait gather 13", "wait all_reduce 1",
+    ]  # fmt: skip
 
 
 # ---- several ranks against one
@@ -135,7 +220,7 @@ def run(rank: int, size: int, mode: str) -> dict[str, Any]:
         if rank == size - 1 or mode == "sharded":
             grad = local(params["vector"].grad)
             grad[:1] = value  # some have no rows
-        norm = float(optimizer.step(1.0))
+        norm = float(optimizer.step(1.0, grad_clip=3.0))
         try:
             refuse_divergence(norm, STEPS)
         except UserError as e:
@@ -148,9 +233,34 @@ def run(rank: int, size: int, mode: str) -> dict[str, Any]:
             for n, held in optimizer.state.items()
             for k, t in held.items()
         )
-    # A state of one rank, or of another mode, is taken up and given back
+    # Without clipping a bucket need not wait for the others: what is broken does not move
+    give(params, 0, rank, size)
+    if rank == size - 1 or mode == "sharded":
+        local(params["tall"].grad)[:] = float("inf")
+    result["refused"].append(float(optimizer.step(1.0)))
+    result["unmoved"] &= torch.equal(local(params["tall"].detach()), before["tall"])
+    result["finite"] = all(bool(local(p.detach()).isfinite().all()) for p in params.values())
     result["elements"] = sum(t.numel() for held in optimizer.state.values() for t in held.values())
     return result
+
+
+def same_without_clipping(rank: int, size: int, mode: str) -> bool:
+    """Updates that do not wait for the norm give the same bits as those that wait for one that
+    clips nothing."""
+    made = [make(mode, size) for _ in range(2)]
+    for step in range(STEPS):
+        norms = []
+        for (params, optimizer), clip in zip(made, (0.0, 1e9)):
+            give(params, step, rank, size)
+            norms.append(optimizer.step(1.0, grad_clip=clip))
+        if not torch.equal(*norms):
+            return False
+    (params, first), (others, second) = made
+    return all(torch.equal(whole(p), whole(others[n])) for n, p in params.items()) and all(
+        torch.equal(t, second.state[n][k])
+        for n, held in first.state.items()
+        for k, t in held.items()
+    )
 
 
 def whole(p: Any) -> torch.Tensor:
@@ -160,6 +270,8 @@ def whole(p: Any) -> torch.Tensor:
 
 def in_all_modes(rank: int, size: int, folder: Path) -> dict[str, Any]:
     result = {mode: run(rank, size, mode) for mode in MODES}
+    for mode in MODES:
+        result[mode]["as clipped"] = same_without_clipping(rank, size, mode)
     # Every mode goes on from what every mode has saved
     result["resumed"] = {}
     for writer in MODES:
@@ -210,8 +322,9 @@ def test_several_ranks_do_what_one_does(ranks: Any, alone: Any, mode: str, size:
         for name, p in result["params"].items():
             assert torch.allclose(p, alone["params"][name], atol=4e-6), name
             assert torch.equal(p, results[0]["params"][name]), "ranks have drifted apart"
-        assert ["nan" in said for said in result["refused"]] == [True, False]
-        assert result["unmoved"]
+        assert ["nan" in str(said) for said in result["refused"]] == [True, False, False]
+        assert result["refused"][-1] == float("inf")
+        assert result["unmoved"] and result["finite"] and result["as clipped"]
 
 
 @pytest.mark.slow

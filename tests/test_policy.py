@@ -16,7 +16,7 @@ from torch import Tensor
 from nanochat.common import seed_from
 from nanochat.dataloader import IGNORE
 from nanochat.engine import Engine
-from nanochat.policy import Policy, PolicyBatch, frozen_copy, policy_losses
+from nanochat.policy import Policy, PolicyBatch, compared, frozen_copy, policy_losses
 from nanochat.rollout import Rollouts, sample_rollouts, to_batches
 from tests.models_for_tests import tiny_model
 from tests.test_rollout import CPU, Longest, make_rollouts
@@ -74,6 +74,13 @@ def dense_loss(
     return total / count
 
 
+def seen(policy: Policy, batches: list[PolicyBatch]) -> dict[str, float]:
+    """The passes of a first step, and what they saw."""
+    for batch in batches:
+        policy(batch)
+    return compared(batches)
+
+
 def nudged(model: Any, seed: int) -> Any:
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +117,7 @@ def test_the_gradient_is_the_dense_references_however_it_is_batched(
         )
         policy.begin(batches)
         if case["moved"]:  # as if steps had been taken since
-            Policy(old, old, VOCAB).begin(batches, several_steps=True)
+            seen(Policy(old, old, VOCAB), batches)
         count = sum(int((b.targets != IGNORE).sum()) for b in batches)
         loss = torch.zeros((), dtype=torch.float64)
         for b in batches:  # as TrainStep sums them
@@ -126,11 +133,11 @@ def test_the_cases_clip_some_and_not_all() -> None:
     """Else the test above would hold for a loss that clips all or nothing."""
     model, rollouts = tiny_model("gpt"), make_rollouts()
     batches = to_batches(rollouts, 100, 0, CPU)
-    Policy(nudged(model, 1), nudged(model, 1), VOCAB).begin(batches, several_steps=True)
+    seen(Policy(nudged(model, 1), nudged(model, 1), VOCAB), batches)
     (batch,) = batches
-    log_probs = (
-        -Policy(model, model, VOCAB).plain(batch.idx, batch.targets, reduction="none")
-    ).detach()
+    Policy(model, model, VOCAB)(batch)
+    log_probs = batch.now
+    assert log_probs is not None
     losses = [policy_losses(log_probs, batch, clip) for clip in (0.0, 0.05)]
     clipped = (losses[0] != losses[1])[batch.targets != IGNORE]
     assert 0.05 < clipped.float().mean() < 0.95
@@ -221,23 +228,39 @@ def test_the_engines_log_probabilities_are_the_trainers(
         assert values[1:] == pytest.approx((wanted * torch.tensor(mask[1:])).tolist(), abs=1e-4)
     batches = to_batches(rollouts, 5, 0, CPU)
     policy = Policy(padded.model, padded.model, 400)
-    found = policy.begin(batches, several_steps=True)
+    found = seen(policy, batches)
     assert found["tokens"] == sum(int((b.targets != IGNORE).sum()) for b in batches) > 30
     assert found["diff_max"] < 1e-4 and found["diff"] < 1e-4 * found["tokens"]
     # and it would tell: over all rows of the head they differ
-    wide = Policy(padded.model, padded.model, 460).begin(batches, several_steps=True)
+    wide = seen(Policy(padded.model, padded.model, 460), batches)
     assert (
         wide["diff"] > 0.05 * wide["tokens"] and wide["diff_max"] >= wide["diff"] / wide["tokens"]
     )
 
 
-def test_only_a_few_replies_are_looked_at_if_nothing_else_is_needed(padded: Engine) -> None:
-    for size in (3, 5, 12):
-        batches = to_batches(rollouts_of(padded), size, 0, CPU)
-        found = Policy(padded.model, padded.model, 400).begin(batches)
-        assert found["tokens"] == int((batches[-1].targets[-8:] != IGNORE).sum()) > 0
-        assert all(b.old is None and b.reference is None for b in batches)
-    assert Policy(padded.model, padded.model, 400).begin([])["tokens"] == 0
+def test_the_first_step_sees_the_replies_as_they_were_before_it(padded: Engine) -> None:
+    """Its own passes are what the engine is compared with and what the ratios of later steps start
+    from: no pass more than the steps need, however many there are."""
+    model, batches = padded.model, to_batches(rollouts_of(padded), 5, 0, CPU)
+    passes = []
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        passes.append(args)
+        return model(*args, **kwargs)
+
+    policy = Policy(model, forward, 460)
+    first = seen(policy, batches)
+    before = [b.old for b in batches]
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05
+    for batch in batches:
+        policy(batch)
+    assert len(passes) == 2 * len(batches) and first["tokens"] > 30
+    for batch, old in zip(batches, before):
+        assert batch.old is old and batch.now is not None and old is not None
+        assert (batch.now - old).abs().max() > 1e-2
+    assert compared([])["tokens"] == 0
 
 
 def test_the_reference_stays_what_it_was(
@@ -250,12 +273,14 @@ def test_the_reference_stays_what_it_was(
     assert not any(p.requires_grad for p in reference.parameters())
     batches = to_batches(rollouts_of(padded), 5, 0, CPU)
     policy = Policy(model, model, 400, kl=0.1, reference=reference)
-    assert policy.begin(batches)["kl"] == pytest.approx(0.0, abs=1e-5)
+    policy.begin(batches)
+    assert seen(policy, batches)["kl"] == pytest.approx(0.0, abs=1e-5)
     before = [b.reference for b in batches]
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05
-    assert policy.begin(batches)["kl"] > 1.0
+    policy.begin(batches)
+    assert seen(policy, batches)["kl"] > 1.0
     assert all(
         torch.equal(a, b.reference) for a, b in zip(before, batches) if b.reference is not None
     )

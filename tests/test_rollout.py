@@ -136,7 +136,7 @@ def test_advantages_and_log_probabilities_stand_in_their_rows() -> None:
 
 def test_replies_of_similar_length_share_a_batch() -> None:
     lengths = [b.idx.size(1) for b in to_batches(make_rollouts(), 2, pad_id=95, device=CPU)]
-    assert lengths == sorted(lengths) and len(set(lengths)) > 1
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
 
 
 def test_remainders_are_batches_too() -> None:
@@ -144,6 +144,23 @@ def test_remainders_are_batches_too() -> None:
     for size in (1, 2, 3, 5, 8, 100):
         sizes = [len(b.idx) for b in to_batches(make_rollouts(), size, pad_id=0, device=CPU)]
         assert sizes == [min(size, 8 - at) for at in range(0, 8, size)]
+
+
+def test_a_batch_of_tokens_is_full_and_no_fuller() -> None:
+    """Padding counts; a reply that is too long for any batch has one of its own."""
+    rollouts = make_rollouts()
+    whole = to_batches(rollouts, 100, 0, CPU)[0]
+    for most in (1, 20, 30, 50, 1000):
+        batches = to_batches(rollouts, 1, 0, CPU, max_tokens=most)
+        rows = [row.tolist() for b in batches for row in b.idx]
+        assert sorted(r[: sum(1 for t in r if t)] for r in rows) == sorted(
+            r[: sum(1 for t in r if t)] for r in whole.idx.tolist()
+        )
+        for b in batches:
+            assert b.idx.numel() <= most or len(b.idx) == 1
+        for b in batches[:-1]:
+            assert (len(b.idx) + 1) * b.idx.size(1) > most
+    assert len(to_batches(rollouts, 1, 0, CPU, max_tokens=1000)) == 1
 
 
 def test_groups_without_variance_give_no_batches() -> None:

@@ -5,8 +5,8 @@ A Hugging Face folder (or model of the hub) as something to evaluate, without im
 
 One of our architectures becomes our model, in memory. Any other, GPT-2 for one (whose CORE is what
 nanochat's runs are held against), runs in `transformers`, if that is installed, from safetensors
-and without code of the folder's; it can be scored (CORE, bits per byte), not sampled from. The
-tokenizer is always ours, reading the folder's tokenizer.json. Floor 4.
+and without code of the folder's; it can be scored (CORE, bits per byte) and go on with a text, not
+be talked to. The tokenizer is always ours, reading the folder's tokenizer.json. Floor 4.
 """
 
 from __future__ import annotations
@@ -119,6 +119,30 @@ class TransformersModel:
             logits, targets.flatten(), ignore_index=-1, reduction=reduction
         )
         return loss.view(targets.shape) if reduction == "none" else loss
+
+    def generate_batch(
+        self, prompts: list[list[int]], num_samples: int, max_tokens: int, temperature: float
+    ) -> list[list[int]]:
+        """The prompts as transformers goes on with them, `num_samples` times each, prompt-major,
+        without the token that ends a text. Greedy at temperature 0."""
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or [])
+        how: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            how = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        found = []
+        for prompt in prompts:
+            room = min(max_tokens, self.config.sequence_len - len(prompt))
+            idx = torch.tensor([prompt], device=self.get_device())
+            rows = self.model.generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=room, pad_token_id=0,
+                num_return_sequences=num_samples, **how,
+            )  # fmt: skip
+            for ids in rows.tolist():
+                new = ids[len(prompt) :]
+                stop = next((at for at, token in enumerate(new) if token in ends), len(new))
+                found.append(prompt + new[:stop])
+        return found
 
     def eval(self) -> TransformersModel:
         return self

@@ -69,6 +69,29 @@ def test_gpt2_is_scored_by_transformers(tmp_path: Path) -> None:
             assert score.loss == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
 
 
+def test_gpt2_goes_on_with_a_text(tmp_path: Path) -> None:
+    """Greedily with the likeliest token, until the context is full or a token ends the text."""
+    twin = save_gpt2(tmp_path / "gpt2")
+    model, tokenizer, _ = load_hf(str(tmp_path / "gpt2"), "cpu")
+    model.model.generation_config.eos_token_id = None
+    prompts = [tokenizer.encode(text, prepend="<|bos|>") for text in (TEXT[:40], "A dog")]
+    found = model.generate_batch(prompts, 1, 5, 0.0)
+    for prompt, ids in zip(prompts, found, strict=True):
+        wanted = list(prompt)
+        for _ in range(5):
+            with torch.no_grad():
+                wanted.append(int(twin(torch.tensor([wanted])).logits[0, -1].argmax()))
+        assert ids == wanted
+    assert len(model.generate_batch(prompts[1:], 1, 1000, 0.0)[0]) == 64
+    stop = found[1][len(prompts[1]) + 2]
+    model.model.generation_config.eos_token_id = [stop]
+    at = found[1].index(stop, len(prompts[1]))
+    assert model.generate_batch(prompts[1:], 1, 5, 0.0) == [found[1][:at]]
+    torch.manual_seed(0)
+    drawn = model.generate_batch(prompts[1:], 3, 8, 1.0)
+    assert len(drawn) == 3 and len(set(map(tuple, drawn))) > 1
+
+
 def test_base_eval_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
@@ -85,7 +108,9 @@ def test_base_eval_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         base_eval.main(flags.parse(base_eval.Args, argv))
     gpt2, qwen = [row for _, row in read_jsonl(base / "report" / "base_eval.jsonl")]
     assert (gpt2["source"], gpt2["model_tag"], qwen["model_tag"]) == ("hf", "gpt2", "qwen")
-    assert "samples" in qwen and "samples" not in gpt2
+    for row in (gpt2, qwen):
+        assert len(row["samples"]) == len(base_eval.PROMPTS) + 4
+        assert row["samples"][0].startswith(base_eval.PROMPTS[0])
     assert gpt2["val_bpb"] > 1 and -1 <= gpt2["core_metric"] <= 1
     items = base / gpt2["items"]  # a report may be published: it names no folder outside
     assert items == base / "report" / "base_eval" / "hf_gpt2_0"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from nanochat.checkpoint import LOG, list_steps, run_dir
+from nanochat.checkpoint import LOG, list_steps, load_model, run_dir, step_dir
 from nanochat.common import UserError, read_jsonl
 from nanochat.engine import Engine
+from nanochat.lora import add_lora, has_lora
 from nanochat.rollout import problem_order
+from nanochat.train import Trainer
 from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage
 
 # Rewards that differ from reply to reply: a model of a few steps solves nothing
@@ -137,13 +142,80 @@ def test_the_advantages_flag_changes_what_is_learned(base: Path) -> None:
     assert norms[0] != norms[1] and min(norms[0] + norms[1]) > 0
 
 
-def test_replies_of_older_weights_would_show(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+LORA = ["--lora_rank=4", "--lora_lr=0.05"]
+
+
+@pytest.mark.parametrize("lora", [[], LORA], ids=["all weights", "LoRA"])
+def test_replies_of_older_weights_would_show(
+    base: Path, lora: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In each step's comparison of the engine's log-probabilities with the trainer's: that they
     agree says that the engine samples with the present weights."""
-    argv = ["--reward=rl_test_rewards:letters", "--num_iterations=3", "--init_lr_frac=1"]
-    argv += ["--kl=0.01"]  # looks at every token
+    argv = ["--reward=rl_test_rewards:letters", "--num_iterations=3", "--init_lr_frac=1", *lora]
     present = [row["logp_diff_max"] for row in rows(rl("present", *argv), "rl")]
     assert len(present) == 3 and max(present) < 1e-4
     monkeypatch.setattr("scripts.chat_rl.Engine", lambda model, tok: Engine(deepcopy(model), tok))
     stale = [row["logp_diff_max"] for row in rows(rl("stale", *argv), "rl")]
     assert stale[0] == present[0] and min(stale[1:]) > 1e-2
+
+
+def test_with_lora_only_its_matrices_move(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed it is the same to the bit; loaded and exported it is a plain model; the penalty's
+    reference takes no memory of its own, and stays what it was."""
+    argv = ["--reward=rl_test_rewards:letters", "--num_iterations=4", "--save_every=2", *LORA]
+    argv += ["--kl=0.1", "--keep_last=-1"]
+    found = rl("lora", *argv)
+    said = capsys.readouterr().out
+    assert "LoRA of rank 4 beside" in said and "a frozen copy of the model takes 0 MiB" in said
+    for row in rows(found, "eval"):  # unasked
+        assert {"pass1_low", "sampled_pass1_low", "sampled_pass4_high"} <= set(row)
+    divergence = [row["kl"] for row in rows(found, "rl")]
+    assert divergence[0] == pytest.approx(0, abs=1e-6) and divergence[-1] > 1e-5
+
+    trained = load_file(step_dir("rl", "lora", 4) / "model.safetensors")
+    start = load_file(step_dir("mid", "d2", 6) / "model.safetensors")
+    assert all(torch.equal(trained[name], t) for name, t in start.items())
+    moved = [name for name in trained if name.endswith(".lora_b")]
+    assert moved and all(trained[name].abs().max() > 0 for name in moved)
+
+    rl("lora", *argv, "--resume_from_step=2")
+    again = load_file(step_dir("rl", "lora", 4) / "model.safetensors")
+    assert again.keys() == trained.keys()
+    assert all(torch.equal(again[name], t) for name, t in trained.items())
+
+    model, _, _ = load_model("rl", "cpu", "lora")
+    assert model.state_dict().keys() == start.keys()
+    adapted, _, _ = load_model("mid", "cpu", "d2")
+    add_lora(adapted, 4, 32.0)
+    adapted.load_state_dict(trained)
+    idx = torch.arange(1, 21).view(2, 10)
+    torch.testing.assert_close(model(idx), adapted(idx), rtol=1e-4, atol=1e-4)
+    run_stage("hf_export", "--source=rl", "--model_tag=lora", f"--out={tmp_path / 'out'}")
+    assert not has_lora(load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_another_rank_cannot_resume(base: Path) -> None:
+    argv = ["--reward=rl_test_rewards:letters", "--num_iterations=1", *LORA]
+    rl("strict", *argv)
+    with pytest.raises(UserError, match="its --lora_rank was 4, now it is 2"):
+        rl("strict", *argv, "--lora_rank=2", "--resume")
+
+
+def test_the_log_of_a_stopped_step_is_kept(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal during step 1: the run that goes on has one row of replies for each step."""
+    argv = ["--reward=rl_test_rewards:letters", "--num_iterations=3", "--eval_every=-1"]
+    take = Trainer.step
+
+    def stopped(trainer: Trainer, *rest: Any) -> None:
+        take(trainer, *rest)
+        trainer._stop_signal = signal.SIGTERM
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(SystemExit):
+        rl("stopped", *argv)
+    monkeypatch.undo()
+    found = rl("stopped", *argv, "--resume")
+    assert [row["step"] for row in rows(found, "rl")] == [1, 2, 3]
+    assert [row["step"] for row in rows(found, "step")] == [1, 2, 3]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from nanochat.tasks.common import get_task
-from tests.tasks.data_for_tests import write_jsonl, write_parquet
+from nanochat.tasks.common import get_task, read_rows
+from nanochat.tasks.mmlu import MMLU
+from tests.tasks.data_for_tests import shared, write_jsonl, write_parquet
 
 ROW = {"question": "2+2?", "subject": "sums", "choices": ["3", "4", "5", "6"], "answer": 1}
 
@@ -35,3 +37,10 @@ def test_auxiliary(place: str, nested: bool, base_dir: Path) -> None:
 def test_subject_may_be_missing(base_dir: Path) -> None:
     write_jsonl(base_dir / "task_data/mmlu/dev.jsonl", [{k: ROW[k] for k in ROW if k != "subject"}])
     assert get_task("mmlu", "dev")[0]["subject"] == ""
+
+
+def test_the_real_questions_are_of_57_subjects() -> None:
+    task = MMLU(read_rows([shared("mmlu_arc") / "mmlu" / "test-00000-of-00001.parquet"]))
+    subjects = Counter(task[i]["subject"] for i in range(len(task)))
+    assert len(subjects) == 57 and min(subjects.values()) >= 100
+    assert subjects["abstract_algebra"] == 100 and sum(subjects.values()) == 14_042
