@@ -344,7 +344,7 @@ class HorizonFlags(ScheduleFlags, TrainFlags):
     """Decoupled, cautious weight decay of the matrices, falling to 0 over the run; -1: 0.28."""
     grad_clip: float = 0.0
     """Largest global norm of the gradient; 0 switches clipping off: no update grows with its
-    gradient here, and clipped runs learn less (bench/LEARNING.md)."""
+    gradient here, and clipping teaches no more (bench/LEARNING.md)."""
     warmup_steps: int = 40
     """Steps of linear warm-up."""
     warmdown_ratio: float = 0.65

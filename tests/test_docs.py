@@ -67,15 +67,15 @@ SMALLER = {
 # Commands that are parsed here (tests/test_structure.py parses all) and not run, and why.
 ONLY_PARSED = {
     "torchrun": "takes eight GPUs; tests/test_ranks.py runs torchrun",
-    "--arch=qwen2.5-0.5b": "half a billion parameters; tests/scripts/test_base_train.py runs Qwen",
+    "--arch=qwen2.5-0.5b": "half a billion parameters; tests/test_train.py runs a small one",
     "nanochat.dataset -n 8": "downloads; tests/test_download.py runs it against a server here",
     "prepare": "downloads; tests/test_prepare.py runs it on files that are here",
     "scripts.hf_import": "downloads; tests/scripts/test_hf_import.py imports a folder",
     "--source_tag=qwen": "goes on with that download; tests/test_lora.py runs --lora_rank",
-    "HumanEval": "its problems are downloaded; tests/evals run it on a few of their own",
+    "HumanEval": "its problems are downloaded; tests/scripts/test_chat_eval.py runs it on a few",
     "bench.decode_speed": "takes minutes; tests/test_decode_speed.py runs it small",
     "scripts.chat_web": "serves until it is stopped; tests/scripts/test_chat_web.py runs it",
-    "scripts.plan": "builds the largest models' shapes, which takes a while; tests/test_plan.py",
+    "scripts.plan": "builds the largest models' shapes, which takes a while; tests/test_budget.py runs it",
     "scripts.miniseries": "four trainings; tests/scripts/test_miniseries.py runs it small",
 }
 
@@ -120,7 +120,7 @@ def docs_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_commands_run(page: Path, docs_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, as their command lines would, in the order of the chapters."""
     if page.stem == "many_machines":
-        pytest.skip("takes two hosts: tests/test_recipes.py makes two of this one")
+        pytest.skip("takes several hosts: tests/test_nodes.py makes some of this one")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(docs_world))
     monkeypatch.chdir(docs_world)
     for words in commands_of(page):
