@@ -72,10 +72,10 @@ ONLY_PARSED = {
     "prepare": "downloads; tests/test_prepare.py runs it on files that are here",
     "scripts.hf_import": "downloads; tests/scripts/test_hf_import.py imports a folder",
     "--source_tag=qwen": "goes on with that download; tests/test_lora.py runs --lora_rank",
-    "HumanEval": "its problems are downloaded; tests/scripts/test_chat_eval.py runs it on a few",
+    "HumanEval": "problems are downloaded; tests/scripts/test_chat_eval.py runs it on a few",
     "bench.decode_speed": "takes minutes; tests/test_decode_speed.py runs it small",
     "scripts.chat_web": "serves until it is stopped; tests/scripts/test_chat_web.py runs it",
-    "scripts.plan": "builds the largest models' shapes, which takes a while; tests/test_budget.py runs it",
+    "scripts.plan": "builds large shapes, which takes a while; tests/test_budget.py runs it",
     "scripts.miniseries": "four trainings; tests/scripts/test_miniseries.py runs it small",
 }
 
