@@ -375,8 +375,6 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
     ("module", "argv", "words"),
     [
         (base_train, ["--dept=4"], ["--dept=4", "Perhaps you meant", "--depth"]),
-        (base_train, ["--depth=four"], ["--depth", "four"]),
-        (base_train, ["--dtype=fp16"], ["fp16", "--dtype", "bfloat16"]),
         (base_train, ["--mixture=gsm8k"], ["--mixture=gsm8k"]),
         (base_train, ["20"], ["Unrecognized", "20"]),
         (hf_export, [], ["--out", "Folder to write"]),
@@ -391,6 +389,20 @@ def test_a_wrong_flag_is_shown_in_few_lines(
     plain = " ".join(err.replace("│", " ").split())
     assert all(word in plain for word in [*words, f"python -m {name} --help"]), err
     assert len(err.splitlines()) <= 20 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--depth=four"], "--depth=four must be a whole number"),
+        (["--dtype=fp16"], "--dtype=fp16 must be auto, float32, bfloat16 or float16"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_in_a_sentence(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, err = said_by(capsys, base_train.main, base_train.Args, *argv)
+    assert (status, err.strip()) == (1, f"error: {words}")
 
 
 # ---- processes

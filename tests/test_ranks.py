@@ -182,8 +182,9 @@ def test_so_it_is_with_lora_and_with_fewer_problems_than_ranks(kind: str, base: 
     """A rank without a problem waits for the others, and takes its part in the optimizer's step."""
     alone, run = OTHERS[kind]
     assert_same(base, run, alone)
-    idle = [not any(rank) for rank in seen_by(base, run, "rows")]
-    assert sum(idle) == (0 if kind == "lora" else 2)
+    idle = sum(not any(rank) for rank in seen_by(base, run, "rows"))
+    # Two of the four get no problem; a third none if the replies to its own are all alike
+    assert idle == 0 if kind == "lora" else idle in (2, 3)
 
 
 @pytest.mark.parametrize("key", SPLIT, ids=[f"{run.stage}-{run.name}" for run in SPLIT.values()])
