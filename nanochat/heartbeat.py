@@ -83,8 +83,7 @@ class Heartbeat:
         self._census = True  # who is beside the store cannot be asked once that is gone
         self._look()
         self._census = False
-        beside = [rank for rank, (beat, _) in self.seen.items() if beat.near][:1]
-        self.seen = {rank: self.seen[rank] for rank in beside}  # whom else we do not watch
+        self.seen = {rank: self.seen[rank] for rank in self._beside()}  # others we do not watch
         for loop in (self._beat, self._judge):
             thread = threading.Thread(target=loop, name=f"heartbeat {loop.__name__}", daemon=True)
             thread.start()
@@ -133,14 +132,17 @@ class Heartbeat:
         self.own.where, self.own.waiting = _position()
         self.store.set(self._key(self.rank), json.dumps(asdict(self.own)))
 
+    def _beside(self) -> list[int]:
+        """One rank on the store's host, once we have heard of it."""
+        return [rank for rank, (beat, _) in self.seen.items() if beat.near][:1]
+
     def _look(self) -> None:
         """Reads the next rank's beat, past those that have ended, and that of one beside the store;
         in a census all of them."""
         others = [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
         if not self._census:
             running = (r for r in others if r not in self.seen or not self.seen[r][0].state)
-            beside = [r for r, (beat, _) in self.seen.items() if beat.near][:1]
-            others = sorted({*[*running][:1], *beside})
+            others = sorted({*[*running][:1], *self._beside()})
         now = time.monotonic()
         texts = self.store.multi_get([*map(self._key, others)]) if others else []
         for rank, text in zip(others, texts):
