@@ -70,7 +70,7 @@ class ScriptedEngine:
         try:
             for i in range(max_tokens if self.endless else min(max_tokens, len(steps))):
                 if self.gate is not None:
-                    assert self.gate.wait(timeout=10), "the test never opened the gate"
+                    assert self.gate.wait(timeout=60), "the test never opened the gate"
                 time.sleep(self.delay)
                 self.num_yielded += 1
                 token, mask = steps[i % len(steps)]

@@ -252,7 +252,7 @@ def test_where_nobody_answers_it_ends_after_the_first_file(
     started = time.monotonic()
     with pytest.raises(UserError, match=r"21 shards failed.*(?s:.*)stopped with the others"):
         cli("-n", "20", "-w", "2", "--tries=1")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -321,14 +321,14 @@ def test_a_failed_shard_ends_with_1_and_running_again_finishes(
 
 
 def test_ctrl_c_keeps_what_has_come(real_hub: FakeHub, own_base_dir: Path) -> None:
-    real_hub.always = drip(500, 0.2)
+    real_hub.always = drip(50, 1)  # minutes a file, so that none is whole however slow we are
     process = start(real_hub, "-n", "3")
     part = own_base_dir / "base_data" / f"{shard_name(0)}.part"
     while not (part.exists() and part.stat().st_size > 0):
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "what has come is kept" in err and not out
     assert "interrupted" in err and "Traceback" not in err

@@ -255,7 +255,7 @@ def test_one_tokenizes_and_the_others_wait(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert results == [[f"<|bos|>{text}" for text in TEXTS]] * 6
     assert tokenizer.encoded == len(TEXTS)
     assert len(cached()) == 1
@@ -408,7 +408,7 @@ def test_the_background_ends_with_the_program(tmp_path: Path, sent: signal.Signa
     if sys.platform == "linux":
         assert os.getpriority(os.PRIO_PROCESS, background) == 19
     parent.send_signal(sent)
-    parent.wait(20)
+    parent.wait(60)
 
     def is_over() -> bool:
         try:
@@ -420,7 +420,7 @@ def test_the_background_ends_with_the_program(tmp_path: Path, sent: signal.Signa
 
     started = time.monotonic()
     wait_for(is_over)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert not cached()  # neither a shard (it was not done) nor half of one
 
 

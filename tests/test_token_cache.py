@@ -161,7 +161,7 @@ def test_one_process_has_the_claim_and_a_dead_one_has_not(tmp_path: Path) -> Non
         assert ours
         with claim(folder, wait=False) as twice:
             assert not twice
-    assert holder.wait(20) != 0
+    assert holder.wait(60) != 0
     assert not list(folder.parent.iterdir())  # no lock is left
 
 

@@ -103,7 +103,7 @@ def test_a_megabyte_of_one_character(ranks: dict[bytes, int], unit: str) -> None
         encoder = rustbpe.Encoder(ranks, pattern)
         start = time.perf_counter()
         ids, _ = encoder.encode_batch([text])
-        assert time.perf_counter() - start < 1.0
+        assert time.perf_counter() - start < 10  # minutes if it were quadratic
         assert b"".join(tokens[i] for i in ids) == text.encode()
 
 
