@@ -93,8 +93,11 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
     print0(f"evaluating {stage} {meta['tag']}, step {meta['step']}")
     run_name = f"{stage}_{meta['tag']}_{meta['step']}"
     row: dict[str, Any] = {
-        "source": stage, "model_tag": meta["tag"], "step": meta["step"],
-    }  # fmt: skip
+        "source": stage,
+        "model_tag": meta["tag"],
+        "step": meta["step"],
+        "typed": flags.typed(args),
+    }
 
     if "sample" in wanted and info.rank == 0:
         row["samples"] = samples(model, tokenizer)

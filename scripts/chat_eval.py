@@ -95,7 +95,7 @@ def evaluate(args: Args, info: distributed.DistInfo) -> list[EvalResult]:
     print0(f"evaluating {source} {tag}, step {step}")
 
     report = get_base_dir() / "report"
-    about = {"source": source, "model_tag": tag, "step": step}
+    about = {"source": source, "model_tag": tag, "step": step, "typed": flags.typed(args)}
     results = []
     for name, task in zip(names, tasks):
         stem = re.sub(r"[^\w.-]+", "_", f"{source}_{tag}_{step}_{task.name}")

@@ -19,6 +19,7 @@ from nanochat.report.tables import pairs
 from nanochat.shards import DEFAULT_REPO
 
 WIDTH = 88  # characters of a command's line
+TAG_FLAGS = ("-g", "--model_tag", "--model-tag")
 STARTED_FROM = re.compile(r"(\w+) (.+) step_(\d+) \(\w+\)")  # as a checkpoint is named
 
 Lines = list[str]
@@ -72,12 +73,21 @@ def all_commands(
         yield from _run(base_dir, run)
         about = (run.stage, run.tag)
         rows = [row for row in tested if (row.get("source"), row.get("model_tag")) == about]
-        tasks = dict.fromkeys(str(row["task"]) for row in rows if row.get("task"))
-        tasks.pop("ChatCORE", None)  # the mean of the others
-        if any("task" not in row for row in rows):
-            yield command("base_eval", [f"--model_tag={run.tag}"])
-        if tasks:
-            yield command("chat_eval", ["-i", run.stage, "-g", run.tag, "-a", "|".join(tasks)])
+        yield from _evaluations("base_eval", run, [row for row in rows if "task" not in row])
+        yield from _evaluations("chat_eval", run, [row for row in rows if "task" in row])
+
+
+def _evaluations(script: str, run: Run, rows: list[Row]) -> Iterator[Words]:
+    """What was typed for each row, and the tag of the run: the newest of then may not be it now."""
+    for words in dict.fromkeys(tuple(row["typed"]) for row in rows if row.get("typed") is not None):
+        named = any(word.startswith(TAG_FLAGS) for word in words)
+        yield command(script, [*words, *([] if named else ["-g", run.tag])])
+    rest = [row for row in rows if row.get("typed") is None]  # by a program of the user's own
+    tasks = dict.fromkeys(str(row["task"]) for row in rest if row.get("task"))
+    tasks.pop("ChatCORE", None)  # the mean of the others
+    if rest:
+        which = ["-a", "|".join(tasks)] if tasks else []
+        yield command(script, ["-i", run.stage, "-g", run.tag, *which])
 
 
 def _chain(base_dir: Path, runs: list[Run]) -> list[Run]:

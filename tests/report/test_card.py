@@ -188,9 +188,27 @@ def test_the_commands_that_were_typed(folder: Path) -> None:
         "--nproc_per_node=4",
     ]
     assert "--sample_prompts=A|B c" in words
-    assert "python -m scripts.base_eval --model_tag=d4" in code
+    assert "python -m scripts.base_eval -i base -g d4" in code
     assert "python -m scripts.chat_eval -i base -g d4 -a gsm8k" in code
     assert "`python -m scripts.compare base/d4 base/d2`" in text
+
+
+def test_evaluations_as_they_were_typed(folder: Path) -> None:
+    append(log_of(folder, "base"), {"event": "start", "step": 0, "typed": []})
+    base = {"source": "base", "model_tag": "d4", "step": 0, "typed": ["--eval=bpb"]}
+    append(folder / "base_eval.jsonl", base)
+    words = ["-i", "base", "-x", "50", "-m", "64", "-a", "gsm8k|mmlu"]
+    rows = [{**task("base", 0.5), "task": name, "typed": words} for name in ("gsm8k", "mmlu")]
+    named = {**task("base", 0.5), "task": "arc-easy", "typed": ["-i", "base", "--model_tag=d4"]}
+    append(folder / "chat_eval.jsonl", *rows, named)
+    write_report(folder, folder / "report.md")
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    commands = [line.strip() for line in text.splitlines() if line.startswith("    python")]
+    assert commands[-3:] == [
+        "python -m scripts.base_eval --eval=bpb -g d4",
+        "python -m scripts.chat_eval -i base -x 50 -m 64 -a 'gsm8k|mmlu' -g d4",
+        "python -m scripts.chat_eval -i base --model_tag=d4",
+    ]
 
 
 def test_evaluations_alone_make_a_report(folder: Path) -> None:

@@ -62,9 +62,9 @@ def test_only_what_is_asked_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run(*FLAGS, "--eval=sample")
     first, second = rows_of(base)
     measured = {f"{split}_{key}" for split in ("train", "val") for key in BitsPerByte._fields}
-    assert set(first) == {"source", "model_tag", "step", *measured}
+    assert set(first) == {"source", "model_tag", "step", "typed", *measured}
     assert 0 < first["val_stderr"] < first["val_bpb"] and first["val_num_bytes"] > 100
-    assert set(second) == {"source", "model_tag", "step", "samples"}
+    assert set(second) == {"source", "model_tag", "step", "typed", "samples"}
 
 
 def test_bundle_that_cannot_be_had(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
