@@ -5,12 +5,17 @@ What every test gets: a base directory of its own, one CPU thread, and skips tha
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Before torch is imported: on few cores, tiny tensors are faster on one thread than on two.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell without job control makes what stands before an & deaf to Ctrl-C, and its children too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPO.parent / "shared" / "data"

@@ -397,7 +397,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_the_background_ends_with_the_program(tmp_path: Path, sent: signal.Signals) -> None:
-    path = jsonl(tmp_path / "a.jsonl", [" ".join(TEXTS * 20)] * 400)  # seconds of work
+    path = jsonl(tmp_path / "a.jsonl", [" ".join(TEXTS * 20)] * 1200)  # a second of work
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(path)], cwd=REPO, stdout=subprocess.PIPE, text=True,
         stderr=subprocess.DEVNULL,
@@ -405,9 +405,11 @@ def test_the_background_ends_with_the_program(tmp_path: Path, sent: signal.Signa
     assert parent.stdout is not None
     background = int(parent.stdout.readline())
     wait_for(lambda: any(folder.suffix == ".tmp" for folder in cached()))
+    os.kill(background, signal.SIGSTOP)  # not done before we are, however slow we are
     if sys.platform == "linux":
         assert os.getpriority(os.PRIO_PROCESS, background) == 19
     parent.send_signal(sent)
+    os.kill(background, signal.SIGCONT)
     parent.wait(60)
 
     def is_over() -> bool:
