@@ -84,8 +84,9 @@ def _copied(function: Any) -> Any:
 
 
 def _of_inputs(guards: Sequence[Any]) -> list[bool]:
-    """Which guards stay: those on the tensors that a step is given."""
-    return torch.compiler.keep_tensor_guards_unsafe(guards)
+    """Which guards stay: those on the tensors that a step is given, and on their sizes."""
+    tensors = torch.compiler.keep_tensor_guards_unsafe(guards)
+    return [keep or guard.guard_type == "SHAPE_ENV" for keep, guard in zip(tensors, guards)]
 
 
 def bucket_of(rows: int) -> int:
@@ -109,13 +110,15 @@ class Step:
         self.proven = not compile
         self._memory = Memory([], None, torch.empty(0))
         self._held: list[Any] = []  # the cache's memory that it shows
+        self._sizes: set[int] = set()  # numbers of rows that there may be programs for
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """(R, 1) ids -> (R, V) logits. The cache's lengths are its owner's to change."""
         memory = self.prepare(cache, idx.size(0))
         # What no row has reached need not be read
         memory = memory._replace(places=memory.places[: cache.end(1)], alone=idx.size(0) == 1)
-        if self.decode is not decode:
+        if self.decode is not decode and idx.size(0) not in self._sizes:
+            self._sizes.add(idx.size(0))  # not at every step: it costs a tenth of a small model's
             torch._dynamo.maybe_mark_dynamic(memory.places, 0)
         return self.run(idx, torch.tensor(cache.lengths, device=idx.device), memory)
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.int8 import Int8Linear, quantize_linears
+from nanochat.models import layers
 from nanochat.serving import make_ready
 from tests.decoding_for_tests import assert_close, assert_pieces_are_the_whole
 from tests.models_for_tests import TINY, tiny_model, tokens_of
@@ -44,6 +46,36 @@ def test_layers_of_the_same_input_are_joined_and_share_their_memory() -> None:
         assert len(joined) == 3 * modules  # of three layers
         storages = {p.untyped_storage().data_ptr() for p in ready.parameters()}
         assert all(j.weight.untyped_storage().data_ptr() in storages for j in joined)
+
+
+@torch.no_grad()
+def test_large_matrices_are_multiplied_from_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "LARGE_BYTES", 0)
+    x = torch.randn(60, 1, 24)
+    for bias in (False, True):
+        linear = nn.Linear(24, 40, bias=bias)
+        weight, b = linear.weight, linear.bias
+        wanted = linear(x)
+        for rows in (1, 11, 12, 48, 49, 60):
+            assert_close(layers.large_product(x[:rows], weight, b), wanted[:rows])
+        assert layers.large_product(x[:12], weight, b).is_contiguous()
+
+
+@every_architecture
+@torch.no_grad()
+def test_attention_of_one_token_as_two_products(arch: str) -> None:
+    """As SDPA has it: grouped heads, rows of unequal length, memory longer than what it holds."""
+    model = tiny_model(arch)
+    H, K = model.config.n_head, model.config.n_kv_head
+    q = torch.randn(3, 1, H, 8)
+    memory = torch.randn(2, 3, K, 16, 8)
+    k, v = memory[0][:, :, :11], memory[1][:, :, :11]
+    visible = torch.arange(11) <= torch.tensor([[10], [3], [0]])
+    for mask in (None, visible[:, None, None]):
+        wanted = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
+        )
+        assert_close(layers._one_query(q, k, v, mask), wanted.transpose(1, 2).reshape(3, 1, H * 8))
 
 
 @every_architecture

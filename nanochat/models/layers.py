@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from nanochat.models.attention import attend
 from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
 
+LARGE_BYTES = 2 * 2**20  # about what the second cache of a core holds
+LEFT_ROWS = 12, 48  # see large_product
+
 
 class KVCacheLike(Protocol):
     """What attention needs of a key/value cache (engine.KVCache is the one we use)."""
@@ -128,12 +131,30 @@ def attention(
     if cache is not None:
         mask = cache.mask(T, window)
         held = cache.insert(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, E) each
+        plain = T == 1 and q.device.type == "cpu" and q.dtype == torch.float32
+        if plain and (torch.compiler.is_compiling() or k.size(2) != H):
+            return _one_query(q, *held, mask)
         if mask is not None or T == 1:  # a single token without a mask sees all that is held
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), *held, attn_mask=mask, enable_gqa=k.size(2) != H
             )
             return y.transpose(1, 2).reshape(B, T, H * E)
     return attend(q, k, v, window).reshape(B, T, H * E)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one token as two products: (B, 1, H, E), (B, K, S, E) twice, (B, 1, 1, S) ->
+    (B, 1, H * E). On a CPU SDPA's kernel is made for many queries, and copies grouped keys."""
+    B, _, H, E = q.shape
+    K, S = k.size(1), k.size(2)
+    q = (q * E**-0.5).reshape(B * K, H // K, E)
+    assert B == 1 or k.stride(0) == K * k.stride(1), "rows of a cache follow one another"
+    # flatten() would have a compiled program ask whether S is all that there is memory for
+    k, v = (t.as_strided((B * K, S, E), t.stride()[1:]) for t in (k, v))
+    scores = torch.bmm(q, k.transpose(1, 2)).view(B, K, H // K, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.bmm(scores.softmax(dim=-1).flatten(0, 1), v).view(B, 1, H * E)
 
 
 def token_losses(
@@ -176,11 +197,22 @@ def token_losses(
     return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
 
 
+def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for inference: (..., in), (out, in) -> (..., out). With some dozen rows and a matrix
+    larger than a core's cache, MKL takes two thirds of the time if the matrix is the left one."""
+    rows = x.flatten(0, -2)  # (R, in)
+    usual = weight.device.type != "cpu" or weight.dtype != torch.float32
+    if usual or weight.nbytes <= LARGE_BYTES or not LEFT_ROWS[0] <= rows.size(0) <= LEFT_ROWS[1]:
+        return F.linear(x, weight, bias)
+    y = (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
 def lm_logits(x: Tensor, head: Tensor, softcap: float = 0.0) -> Tensor:
     """Logits in float32, softly capped to +-softcap if it is set: (..., D) -> (..., V).
 
     The cap is taken in float32: tanh in bfloat16 loses the differences that decide."""
-    logits = F.linear(x, head).float()
+    logits = (F.linear if torch.is_grad_enabled() else large_product)(x, head).float()
     if not softcap:
         return logits
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
