@@ -21,7 +21,7 @@ from nanochat.distributed import pick_device_type
 from nanochat.serve.run import listen
 from scripts import base_train, chat_cli, chat_eval, chat_sft, hf_export, hf_import, plan, tok_train
 from tests.conftest import REPO
-from tests.tiny_world import BASE_FLAGS, make_world, run_stage
+from tests.tiny_world import BASE_FLAGS, new_world, run_stage
 
 TRAIN = [*BASE_FLAGS, "--compile=off", "--num_iterations=1"]
 
@@ -37,10 +37,7 @@ class Args:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with data, a tokenizer and the checkpoint of one step."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        make_world(folder)
+    with new_world(tmp_path_factory) as folder:
         run_stage("base_train", *TRAIN)
     (folder / "a file").write_text("no folder", encoding="utf-8")
     (folder / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n', encoding="utf-8")

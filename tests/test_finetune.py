@@ -25,7 +25,7 @@ from nanochat.optim import make_optimizer
 from nanochat.schedule import lr_multiplier
 from nanochat.train import Trainer
 from tests.models_for_tests import tiny_model, tokens_of
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, new_world, run_stage
 
 pytestmark = pytest.mark.usefixtures("base")
 
@@ -43,10 +43,7 @@ INHERITED = (
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with data, a tokenizer, a base and a mid model of 2 steps (tag d2)."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        make_world(folder)
+    with new_world(tmp_path_factory) as folder:
         run_stage("base_train", *BASE_FLAGS, "--num_iterations=2", *UNUSUAL)
         run_stage("mid_train", *MID_FLAGS, "--num_iterations=2")
     return folder

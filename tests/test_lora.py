@@ -19,7 +19,7 @@ from nanochat.lora import LoraLinear, adapt, add_lora, has_lora, lora_optimizer,
 from nanochat.plan import Planner, Setup
 from nanochat.recompute import blocks_of, recompute
 from tests.models_for_tests import TINY, tiny_model, tokens_of
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, make_world, run_stage
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, new_world, run_stage
 
 RANK = 2
 LORA_FLAGS = [*MID_FLAGS, "--lora_rank=4", "--lora_lr=0.01", "--source_tag=d2", "--eval_every=-1"]
@@ -153,10 +153,7 @@ def test_the_plan_knows_that_little_is_trained(arch: str) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with data, a tokenizer and a base model of 6 steps (tag d2)."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        make_world(folder)
+    with new_world(tmp_path_factory) as folder:
         run_stage("base_train", *BASE_FLAGS)
     return folder
 

@@ -20,7 +20,7 @@ from nanochat.checkpoint import LOG, list_steps, run_dir
 from nanochat.common import read_jsonl
 from nanochat.shards import pins_path
 from tests.nodes_for_tests import Cluster, Run, cluster
-from tests.tiny_world import BASE_FLAGS, make_world, run_stage
+from tests.tiny_world import BASE_FLAGS, new_world, run_stage
 
 TIMEOUT = 8  # seconds, of --rank_timeout
 BOUND = 90  # seconds in which a run must have ended then: silence, a census, teardown, a slow CPU
@@ -29,11 +29,8 @@ FOREVER = ["--num_iterations=100000", "--compile=off"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        make_world(folder)
-    return folder
+    with new_world(tmp_path_factory) as folder:
+        return folder
 
 
 @pytest.fixture

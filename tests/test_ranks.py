@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.runs_on_ranks import Run, do_runs, failures_of, log_of, seen_by, values_of
-from tests.tiny_world import make_world
+from tests.tiny_world import new_world
 
 pytestmark = pytest.mark.slow
 
@@ -122,14 +122,11 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base directory in which all of them were run."""
-    folder = tmp_path_factory.mktemp("world")
     pairs = [
         {"prompt": f"Is {i} a number?", "chosen": "Yes.", "rejected": f"Who knows what {i} is."}
         for i in range(40)
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        make_world(folder)
+    with new_world(tmp_path_factory) as folder:
         (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
         others = [run for runs in OTHERS.values() for run in runs]
         do_runs(

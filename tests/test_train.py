@@ -29,6 +29,7 @@ from tests.tiny_world import (
     MID_FLAGS,
     REPO,
     make_world,
+    new_world,
     run_stage,
     torchrun_command,
 )
@@ -40,10 +41,7 @@ GOLDEN = Path(__file__).parent / "golden_loss.json"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with data, a tokenizer, a base and a mid model of 6 steps (tag d2)."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        make_world(folder)
+    with new_world(tmp_path_factory) as folder:
         run_stage("base_train", *BASE_FLAGS)
         run_stage("mid_train", *MID_FLAGS)
     return folder

@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from nanochat import flags
 from nanochat.dataset import iter_texts, train_files
@@ -40,6 +44,16 @@ def make_world(base_dir: Path) -> None:
     write_primer(base_dir, seed=1, scale=0.01)
     tokenizer = Tokenizer.train(iter_texts(train_files()), 500)
     tokenizer.save(base_dir / "tokenizer")
+
+
+@contextmanager
+def new_world(factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A new base directory with data and tokenizer, which is everybody's within the block."""
+    folder = factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        make_world(folder)
+        yield folder
 
 
 def run_stage(name: str, *argv: str) -> None:

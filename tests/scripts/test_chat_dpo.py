@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nanochat.checkpoint import list_steps, load_model, read_meta, run_dir, step_dir
 from nanochat.common import UserError, read_jsonl
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, make_world, run_stage
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, new_world, run_stage
 
 DPO_FLAGS = [
     "--source=mid", "--source_tag=d2", "--pairs_per_step=8", "--num_iterations=4",
@@ -24,10 +24,7 @@ DPO_FLAGS = [
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with a mid model (tag d2), and pairs in which short replies are liked."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        make_world(folder)
+    with new_world(tmp_path_factory) as folder:
         run_stage("base_train", *BASE_FLAGS)
         run_stage("mid_train", *MID_FLAGS)
     rows = [

@@ -18,7 +18,7 @@ from nanochat.engine import Engine
 from nanochat.lora import add_lora, has_lora
 from nanochat.rollout import problem_order
 from nanochat.train import Trainer
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, new_world, run_stage
 
 # Rewards that differ from reply to reply: a model of a few steps solves nothing
 REWARDS = """
@@ -31,12 +31,9 @@ def some(problem, reply): return len(reply) if len(problem["expected"]) == 2 els
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "rl_test_rewards.py").write_text(REWARDS, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    with new_world(tmp_path_factory) as folder, pytest.MonkeyPatch.context() as patch:
+        (folder / "rl_test_rewards.py").write_text(REWARDS, encoding="utf-8")
         patch.syspath_prepend(str(folder))
-        make_world(folder)
         run_stage("base_train", *BASE_FLAGS)
         run_stage("mid_train", *MID_FLAGS, "--mixture=primer-facts@60")
         yield folder

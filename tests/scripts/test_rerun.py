@@ -15,7 +15,7 @@ from nanochat.checkpoint import LOG, list_steps, run_dir, stage_dir, step_dir
 from nanochat.common import UserError, read_jsonl
 from nanochat.record import find_log, first_start, repeat_command
 from scripts import rerun
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, new_world, run_stage
 
 SFT_FLAGS = [*MID_FLAGS, "--total_batch_size=256", "--source=base", "--num_iterations=3"]
 STAGES = {
@@ -29,10 +29,7 @@ STAGES = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with one tiny run of every stage, all of tag d2."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        make_world(folder)
+    with new_world(tmp_path_factory) as folder:
         for script, argv in STAGES.values():
             run_stage(script, *argv)
     return folder
