@@ -326,11 +326,9 @@ def _cut_slots(sizes: dict[str, int], num_ranks: int) -> list[Any]:
 class Sharded(Divided):
     """Parameters of which each rank holds some rows, and gets those rows of the summed gradient."""
 
-    def __init__(self, params: dict[str, Tensor], ranks: Ranks) -> None:
-        super().__init__(params, ranks)
-        self.weights = [local(p.detach()) for p in params.values()]
-
     def reduce(self) -> None:
+        # At every step: FSDP of torch 2.9 moves weights of uneven shares at the first pass
+        self.weights = [local(p.detach()) for p in self.params.values()]
         self.grads = [
             torch.zeros_like(w) if p.grad is None else local(p.grad)
             for p, w in zip(self.params.values(), self.weights)
