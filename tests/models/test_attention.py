@@ -58,6 +58,9 @@ def test_back_ends_that_run_anywhere(name: str, window: int | None, kv_heads: in
     assert torch.allclose(y, plain(q, k, v, window), atol=1e-5)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="torch cannot make flex attention's map of blocks in a graph"
+)
 def test_flex_attention_compiled_is_the_masked_one() -> None:
     """fullgraph: map of blocks and all. Rows of more than one block of 128; grouped heads."""
     q, k, v = heads(300, 2, 1, 16)
