@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -118,4 +119,6 @@ def test_two_ranks_agree_and_leave_the_group(tmp_path: Path) -> None:
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, encoding="utf-8"))
     output = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 5]
-    assert output == ["only once\n", ""]
+    # Gloo of torch 2.9 says on standard output that it is connected
+    said = [re.sub(r"^\[Gloo\].*\n", "", text, flags=re.M) for text in output]
+    assert said == ["only once\n", ""]
