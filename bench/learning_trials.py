@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -136,6 +136,23 @@ def second_epoch(reshuffled: bool) -> Callable[[ExitStack], None]:
     return set_to(RowReader, "read_rows", read_rows)
 
 
+def beginnings_only() -> Callable[[ExitStack], None]:
+    """The change that leaves out every training row that goes on with a document of another row:
+    what packing by cropping would learn from."""
+    prepare = RowReader._prepare
+
+    def without_rest(reader: RowReader, sequence: int) -> Any:
+        shard = prepare(reader, sequence)
+        if reader.source.num_shards() == 1:  # validation
+            return shard
+        continued = np.logical_or.reduceat(shard.plan.pieces[:, 1] > 0, shard.plan.starts[:-1])
+        kept = shard.row_order[~continued[shard.row_order]]
+        # The plan's length is how many rows there are, so the others' places are filled again
+        return replace(shard, row_order=np.resize(kept, len(shard.plan)))
+
+    return set_to(RowReader, "_prepare", without_rest)
+
+
 def rate_by_frequency(power: float) -> Callable[[ExitStack], None]:
     """The change that multiplies the embedding's rate, for each token, by how often it came so far
     (in units of the mean) to this power, at least by 1/4 and at most by 4."""
@@ -220,6 +237,9 @@ TRIALS = {
     ),
     "reshuffled": Trial(
         "half of the text twice, reshuffled", change=second_epoch(reshuffled=True)
+    ),
+    "beginnings only": Trial(
+        "only rows that show documents from their beginning", change=beginnings_only()
     ),
     "frequent faster": Trial(
         "embedding's rate by a token's frequency, to the power 1/4", change=rate_by_frequency(0.25)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 
 from bench import learning_trials as bench
 from nanochat import flags
+from nanochat.dataloader import _Shard
 from nanochat.models import TurboConfig, build_model
+from nanochat.packing import Documents, pack
 from scripts import base_train
 
 CONFIG = TurboConfig(64, 96, n_layer=5, n_head=2, n_kv_head=2, n_embd=64, window=8)
@@ -95,3 +98,25 @@ def test_a_second_epoch_has_the_rows_of_the_first(monkeypatch: pytest.MonkeyPatc
         first, second = np.split(np.concatenate(parts), 2)
         assert (first == np.arange(half)).all() and (np.sort(second) == first).all()
         assert (first == second).all() != reshuffled
+
+
+def test_beginnings_only_leaves_out_every_row_that_goes_on_with_a_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    plan = pack(rng.integers(2, 60, 300), rng.permutation(300), 20, cut=True)
+    shard = _Shard(Documents(np.zeros(0), np.zeros(1)), plan, rng.permutation(len(plan)))
+    monkeypatch.setattr(bench.RowReader, "_prepare", lambda reader, sequence: shard)
+    for shards in (1, 2):
+        reader = SimpleNamespace(source=SimpleNamespace(num_shards=lambda n=shards: n))
+        with ExitStack() as stack:
+            bench.beginnings_only()(stack)
+            prepare: Any = bench.RowReader._prepare
+            order = prepare(reader, 0).row_order
+        assert len(order) == len(plan)
+        if shards == 1:
+            assert (order == shard.row_order).all()
+            continue
+        firsts = [plan.pieces[plan.starts[r] : plan.starts[r + 1], 1] for r in range(len(plan))]
+        assert {*order} == {r for r, first in enumerate(firsts) if not first.any()}
+        assert 0 < len({*order}) < len(plan)
