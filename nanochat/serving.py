@@ -64,7 +64,8 @@ class LargeLinear(nn.Linear):
 def _arrange(linear: nn.Linear) -> None:
     """Makes a layer's product with a few rows fast: on a CPU, with MKL in float32. Small matrices
     are stored by columns: a product with 16 rows then takes three quarters of the time, and one
-    with a single row the same; but of matrices that outgrow the core's cache, a third more."""
+    with a single row the same; but of matrices that outgrow the core's cache, a third more. Those
+    stay as they are and become a LargeLinear."""
     if linear.weight.device.type != "cpu":
         return
     if linear.weight.nbytes <= LARGE_BYTES:

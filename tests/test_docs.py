@@ -21,7 +21,7 @@ import pytest
 
 from nanochat import flags
 from tests.conftest import REPO
-from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, make_world, run_stage
+from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, new_world, run_stage
 
 PAGES = sorted((REPO / "docs").glob("*.md"))
 CHAPTERS = [page for page in PAGES if page.name[0].isdigit()]
@@ -96,11 +96,8 @@ def reason_not_to_run(words: list[str]) -> str | None:
 def docs_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What a reader of the chapters has: data, own files beside it, and a run, d6. The
     commands add to it, chapter after chapter."""
-    folder = tmp_path_factory.mktemp("docs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    with new_world(tmp_path_factory) as folder, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        make_world(folder)
         shutil.copytree(folder / "task_data" / "primer-chat", folder / "task_data" / "smoltalk")
         chats = (folder / "task_data" / "primer-chat" / "train.jsonl").read_text(encoding="utf-8")
         Path("my_conversations.jsonl").write_text("\n".join(chats.splitlines()[:20]) + "\n")

@@ -19,7 +19,7 @@ from nanochat.models.attention import attend
 from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
 
 LARGE_BYTES = 2 * 2**20  # about what the second cache of a core holds
-LEFT_ROWS = 12, 48  # see large_product
+LEFT_ROWS = 12, 48  # fewest and most with which large_product puts the matrix on the left
 
 
 class KVCacheLike(Protocol):
@@ -131,8 +131,8 @@ def attention(
     if cache is not None:
         mask = cache.mask(T, window)
         held = cache.insert(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, E) each
-        plain = T == 1 and q.device.type == "cpu" and q.dtype == torch.float32
-        if plain and (torch.compiler.is_compiling() or k.size(2) != H):
+        one_on_cpu = T == 1 and q.device.type == "cpu" and q.dtype == torch.float32
+        if one_on_cpu and (torch.compiler.is_compiling() or k.size(2) != H):
             return _one_query(q, *held, mask)
         if mask is not None or T == 1:  # a single token without a mask sees all that is held
             y = F.scaled_dot_product_attention(
@@ -200,9 +200,11 @@ def token_losses(
 def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear for inference: (..., in), (out, in) -> (..., out). With some dozen rows and a matrix
     larger than a core's cache, MKL takes two thirds of the time if the matrix is the left one."""
-    rows = x.flatten(0, -2)  # (R, in)
     usual = weight.device.type != "cpu" or weight.dtype != torch.float32
-    if usual or weight.nbytes <= LARGE_BYTES or not LEFT_ROWS[0] <= rows.size(0) <= LEFT_ROWS[1]:
+    if usual or weight.nbytes <= LARGE_BYTES:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.size(-1))  # (R, in)
+    if not LEFT_ROWS[0] <= rows.size(0) <= LEFT_ROWS[1]:
         return F.linear(x, weight, bias)
     y = (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
