@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import KVCache, int64
 from nanochat.sampling import Choice, Sampling, likeliest, log_probs_of
 from nanochat.scheduler import Picked
 from nanochat.static_step import Step
@@ -85,17 +85,15 @@ class Rows:
         for row, new in enumerate(tokens):
             if len(new) > 1:
                 view = self.cache.row(row, len(new))
-                idx = torch.tensor([new], device=self.device)
+                idx = int64([new], self.device)
                 special[row] = self._logits(self.model.hidden(idx, view)[:, -1])  # (1, V)
         self._remember(tokens)
         if len(special) < len(tokens):
-            # A row that waits comes along: what is written behind its end will be overwritten
-            self.cache.set_lengths(
-                [end - 1 if len(new) == 1 else end for end, new in zip(ends, tokens)]
-            )
-            idx = torch.tensor(
-                [[new[0] if len(new) == 1 else 0] for new in tokens], device=self.device
-            )
+            if special:  # such a row comes along; what is written behind its end is overwritten
+                lengths = enumerate(self.cache.lengths)
+                self.cache.set_lengths([ends[row] if row in special else n for row, n in lengths])
+            # So does one that waits
+            idx = int64([new if len(new) == 1 else [0] for new in tokens], self.device)
             self.logits = self._step(idx)
         elif self.logits is not None:
             self.logits = self.logits.clone()
@@ -107,11 +105,15 @@ class Rows:
     def _step(self, idx: Tensor) -> Tensor:
         """One token for every row: (R, 1) ids -> (R, V) logits."""
         if self.step is not None:
-            return self.step(idx, self.cache)[:, : self.vocab_size]
+            return self._known(self.step(idx, self.cache))
         return self._logits(self.model.hidden(idx, self.cache)[:, -1])
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.model.logits(x)[:, : self.vocab_size]
+        return self._known(self.model.logits(x))
+
+    def _known(self, logits: Tensor) -> Tensor:
+        """Those of tokens that the tokenizer knows."""
+        return logits if logits.size(1) == self.vocab_size else logits[:, : self.vocab_size]
 
     # ---- rows come and go
 

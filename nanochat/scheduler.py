@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,8 +33,7 @@ from nanochat.tools import Tool, ToolUse
 TOOL_PATIENCE = 0.05  # seconds that a step waits for a tool when no row has anything else to do
 
 
-@dataclass(frozen=True)
-class Picked:
+class Picked(NamedTuple):
     """What was chosen for a row."""
 
     id: int
@@ -91,15 +90,14 @@ class Request:
     room: int = 0
     """Tokens that it may have: max_tokens, or what the context leaves."""
     group: _Group | None = field(default=None, repr=False)
-    random: Any = field(default=None, repr=False)
+    random: Any = field(default=None, repr=False)  # None: always the likeliest token
     tool: ToolUse | None = field(default=None, repr=False)
     text: ReplyStream | None = field(default=None, repr=False)  # if there are stop strings
     job: Future[str | None] | None = field(default=None, repr=False)  # a tool at work
     pending: list[int] = field(default_factory=list, repr=False)  # tokens the model has not seen
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One token of one request."""
 
     request: Request
@@ -199,7 +197,8 @@ class Scheduler:
                 wait(jobs, timeout=TOOL_PATIENCE, return_when=FIRST_COMPLETED)
             return told
         uniforms = [
-            0.0 if row in waits else r.random.random() for row, r in enumerate(self._running)
+            0.0 if row in waits or r.random is None else r.random.random()
+            for row, r in enumerate(self._running)
         ]
         picked = self.rows.pick(uniforms)
         tokens = [
@@ -230,7 +229,9 @@ class Scheduler:
         handles = [r.group.handle for r in entering if r.group is not None]
         self.rows.join(handles, [r.sampling for r in entering])
         for request in entering:
-            request.random = np.random.default_rng(seed_from(request.sampling.seed, request.sample))
+            if request.sampling.temperature > 0:
+                seed = seed_from(request.sampling.seed, request.sample)
+                request.random = np.random.default_rng(seed)
             request.tool = self.engine.tool_use()
             if request.sampling.stop:
                 request.text = ReplyStream(self.engine.tokenizer, request.sampling.stop)
@@ -304,7 +305,8 @@ class Scheduler:
         assert request.tool is not None
         tokens = []
         for id in request.tool.answer(result):
-            request.random.random()
+            if request.random is not None:
+                request.random.random()
             tokens.append(self._say(request, id, 0, None))
             if request.reason:
                 break

@@ -1,80 +1,26 @@
 """
-A step of decoding on fixed memory: what can be compiled, and captured as a CUDA graph.
+How a step of decoding on fixed memory is run: as it is written, compiled, or as a CUDA graph.
 
-`decode` is one token for every row, as a function of tensors alone: the ids, where they stand, and
-the memory of a KVCache, which it writes to. No number of it is on the host, so that one graph
-serves every position. It costs what the rows' memory has room for, not what they hold: of positions
-behind a row's end keys are read, and hidden by the mask. Floor 1.5.
+What it computes is fixed_memory.decode. On a CPU it is compiled ahead of time (step_program.py), on
+a GPU by torch.compile, which a captured graph then repeats without either. Floor 1.75.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat.common import UserError, print0, warn0
-from nanochat.kv_cache import KVCache
+from nanochat.fixed_memory import Memory, decode
+from nanochat.kv_cache import KVCache, int64
+from nanochat.step_program import Programs
 
 STEPS = ("plain", "compiled", "graph")
-
-
-class Memory(NamedTuple):
-    """The memory of a KVCache's first B rows."""
-
-    layers: list[tuple[Tensor, Tensor]]  # (B, K, S or more, E) keys and values
-    ids: Tensor | None  # (B, 1 + S or more)
-    places: Tensor  # (S,): 0, 1, 2...: the positions that are looked at
-    alone: bool = False  # one row, and `places` ends where it ends
-
-
-class StaticCache:
-    """Fixed memory for one more token of each row. What layers.KVCacheLike says, for T = 1."""
-
-    def __init__(self, memory: Memory, at: Tensor) -> None:
-        """`at`: (B,), where the new tokens stand."""
-        (self.layers, self.ids, self.places, self.alone), self.at = memory, at
-        self.rows = torch.arange(at.size(0), device=at.device)
-        self._masks: dict[int | None, Tensor] = {}
-
-    def positions(self, T: int) -> Tensor:
-        return self.at[:, None]  # (B, 1)
-
-    def end(self, T: int) -> int:
-        return self.places.size(0)
-
-    def mask(self, T: int, window: int | None = None) -> Tensor | None:
-        if self.alone and window is None:
-            return None  # all that is looked at is its own
-        if window not in self._masks:
-            visible = self.places <= self.at[:, None]  # (B, S)
-            if window is not None:
-                visible = visible & (self.places > self.at[:, None] - window)
-            self._masks[window] = visible[:, None, None]  # (B, 1, 1, S)
-        return self._masks[window]
-
-    def insert(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.layers[layer]
-        keys[self.rows, :, self.at] = k[:, :, 0]
-        values[self.rows, :, self.at] = v[:, :, 0]
-        return keys[:, :, : self.end(1)], values[:, :, : self.end(1)]
-
-    def previous(self, idx: Tensor) -> Tensor:
-        assert self.ids is not None
-        self.ids[self.rows, self.at + 1] = idx[:, 0]
-        return self.ids[self.rows, self.at][:, None]
-
-    def advance(self, T: int) -> None:
-        """Its owner counts."""
-
-
-def decode(model: Any, idx: Tensor, at: Tensor, memory: Memory) -> Tensor:
-    """(B, 1) ids, (B,) positions, memory of B rows -> (B, V) float32 logits."""
-    x = model.hidden(idx, StaticCache(memory, at))  # (B, 1, D)
-    return model.logits(x[:, -1])
 
 
 def _copied(function: Any) -> Any:
@@ -97,47 +43,52 @@ def bucket_of(rows: int) -> int:
 class Step:
     """Decodes one token for every row of a KVCache on fixed memory, compiled where that works."""
 
-    def __init__(self, model: Any, compile: bool = True) -> None:
+    def __init__(self, model: Any, compile: str = "auto") -> None:
+        """`compile`: "ahead" (for a CPU), "traced" (by torch.compile) or "off"; "auto" is the one
+        of the first two that the device asks for."""
         self.model = model
+        if compile == "auto":
+            compile = "ahead" if model.get_device().type == "cpu" else "traced"
         self.decode: Callable[..., Tensor] = decode
-        if compile:
-            # Guards on weights and settings, which do not change here, and calls from Python would
-            # each be a twentieth of a small model's time
-            options: dict[str, Any] = {"guard_filter_fn": _of_inputs}
-            if model.get_device().type == "cpu":
-                options["cpp_wrapper"] = True
-            self.decode = torch.compile(_copied(decode), options=options)
-        self.proven = not compile
+        if compile == "ahead":
+            self.decode = Programs()
+        elif compile == "traced":
+            # Guards on weights and settings, which do not change here, take a twentieth of a small
+            # model's time
+            self.decode = torch.compile(_copied(decode), options={"guard_filter_fn": _of_inputs})
+        self.traced = compile == "traced"
+        self.proven: set[int] = set()  # numbers of rows with which it said what the plain one says
         self._memory = Memory([], None, torch.empty(0))
         self._held: list[Any] = []  # the cache's memory that it shows
-        self._sizes: set[int] = set()  # numbers of rows that there may be programs for
+        self._room = 0  # positions that there is memory for
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """(R, 1) ids -> (R, V) logits. The cache's lengths are its owner's to change."""
-        memory = self.prepare(cache, idx.size(0))
+        R, end = idx.size(0), cache.end(1)
+        if end > self.model.rotary.cos.size(0):
+            self.model.rotary.fill(2 * end)
+        layers, ids, places, _ = self.prepare(cache, R)
         # What no row has reached need not be read
-        memory = memory._replace(places=memory.places[: cache.end(1)], alone=idx.size(0) == 1)
-        if self.decode is not decode and idx.size(0) not in self._sizes:
-            self._sizes.add(idx.size(0))  # not at every step: it costs a tenth of a small model's
+        memory = Memory(layers, ids, places[:end], alone=R == 1)
+        if self.traced and R not in self.proven:
             torch._dynamo.maybe_mark_dynamic(memory.places, 0)
-        return self.run(idx, torch.tensor(cache.lengths, device=idx.device), memory)
+        return self.run(idx, int64(cache.lengths, idx.device), memory)
 
     def prepare(self, cache: KVCache, rows: int) -> Memory:
-        """Memory for one more token of each row, and angles for every position of it."""
-        cache.reserve(rows, cache.end(1))
+        """Memory for one more token of each row."""
         held = [*cache.layers, cache.ids]
-        same = len(self._held) == len(held) and all(a is b for a, b in zip(held, self._held))
-        if not same or self._memory.layers[0][0].size(0) != rows:
-            self._held, self._memory = held, self._shown(cache, rows)
+        same = len(self._held) == len(held) and all(map(is_, held, self._held))
+        if not same or cache.end(1) > self._room or self._memory.layers[0][0].size(0) != rows:
+            cache.reserve(rows, cache.end(1))
+            self._held, self._memory = [*cache.layers, cache.ids], self._shown(cache, rows)
         return self._memory
 
     def _shown(self, cache: KVCache, rows: int) -> Memory:
         layers = [(kv[0][:rows], kv[1][:rows]) for kv in cache.layers if kv is not None]
-        size, rotary = layers[0][0].size(2), self.model.rotary
-        if size > rotary.cos.size(0):
-            rotary.fill(size)
+        size = layers[0][0].size(2)
         ids = None if cache.ids is None else cache.ids[:rows]
-        if self.decode is not decode:  # one program for every size of the memory
+        self._room = size if ids is None else min(size, ids.size(1) - 1)
+        if self.traced:  # one program for every size of the memory
             for tensor in (t for kv in layers for t in kv):
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
             if ids is not None:
@@ -145,23 +96,24 @@ class Step:
         return Memory(layers, ids, torch.arange(size, device=cache.device))
 
     def run(self, idx: Tensor, at: Tensor, memory: Memory) -> Tensor:
-        if not self.proven:
+        if self.decode is not decode and idx.size(0) not in self.proven:
             self._prove(idx, at, memory)
         return self.decode(self.model, idx, at, memory)
 
     def _prove(self, idx: Tensor, at: Tensor, memory: Memory) -> None:
-        """Compares the first step with the plain one, and goes on plainly if they differ."""
-        self.proven = True
+        """Compares the first step of so many rows with the plain one, and goes on plainly if they
+        differ."""
         plain = decode(self.model, idx, at, memory)
         try:
-            found = self.run(idx, at, memory)
+            found = self.decode(self.model, idx, at, memory)
             near = (found - plain).abs().max() <= 0.02 * plain.abs().max().clamp(min=1e-6)
             problem = "" if bool(near) else "it gives other logits than the plain one"
         except Exception as e:  # a missing compiler, or one that fails: of any kind
             lines = str(e).strip().splitlines()
             problem = f"{type(e).__name__}: {lines[0][:200] if lines else ''}"
+        self.proven.add(idx.size(0))
         if problem:
-            self.decode = decode
+            self.decode, self.traced = decode, False
             warn0(f"the step of decoding is not compiled: {problem}")
 
 
@@ -170,7 +122,7 @@ class GraphStep(Step):
     kernels costs as much as launching one. The memory is captured too: when it has grown, graphs
     are made anew, so a cache that has `room` for the whole context from the start is best."""
 
-    def __init__(self, model: Any, compile: bool = True) -> None:
+    def __init__(self, model: Any, compile: str = "traced") -> None:
         super().__init__(model, compile)
         self.graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor, Tensor]] = {}
         self._where: tuple[int, ...] = ()
@@ -179,6 +131,8 @@ class GraphStep(Step):
         R = idx.size(0)
         bucket = bucket_of(R)
         memory = self.prepare(cache, bucket)
+        if memory.places.size(0) > self.model.rotary.cos.size(0):
+            self.model.rotary.fill(memory.places.size(0))
         where = tuple(t.data_ptr() for kv in memory.layers for t in kv)
         where += () if memory.ids is None else (memory.ids.data_ptr(),)
         if where != self._where:
@@ -190,7 +144,7 @@ class GraphStep(Step):
         replay, static_idx, static_at, logits = self.graphs[bucket]
         # What is written into the rows of nobody, at their first place, is overwritten when
         # somebody takes them.
-        static_at[:R].copy_(torch.tensor(cache.lengths), non_blocking=True)
+        static_at[:R].copy_(int64(cache.lengths), non_blocking=True)
         static_idx[:R].copy_(idx, non_blocking=True)
         static_at[R:] = 0
         replay()

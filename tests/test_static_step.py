@@ -42,8 +42,8 @@ class Emulated(GraphStep):
 
 
 STEPS: dict[str, Callable[[Any], Step]] = {
-    "static": lambda model: Step(model, compile=False),
-    "graph": lambda model: Emulated(model, compile=False),
+    "static": lambda model: Step(model, compile="off"),
+    "graph": lambda model: Emulated(model, compile="off"),
 }
 
 
@@ -116,7 +116,7 @@ def test_a_step_that_does_not_compile_is_plain_and_says_why(
         cache = KVCache(model.config.n_layer, batch=2)
         with torch.no_grad():
             model(tokens_of(model, 2, 5), kv_cache=cache)
-            step = Step(model)
+            step = Step(model, compile="traced")
             logits = step(idx, cache)
             wanted = model(torch.cat((tokens_of(model, 2, 5), idx), 1))[:, -1]
         assert_close(logits, wanted)
@@ -153,7 +153,7 @@ def test_torch_compile_takes_the_step_whole(arch: str, monkeypatch: pytest.Monke
     naive = model(idx)
     cache = KVCache(model.config.n_layer, batch=2)
     model(idx[:, :30], kv_cache=cache)
-    step = Step(model)
+    step = Step(model, compile="traced")
     for i in range(30, 150):
         assert_close(step(idx[:, i : i + 1], cache), naive[:, i])
         cache.set_lengths([i + 1] * 2)
@@ -167,7 +167,7 @@ def test_a_program_serves_its_own_model_and_batch_alone(monkeypatch: pytest.Monk
     torch._dynamo.reset()
     compile_with(lambda graph, _: graph.forward, monkeypatch)
     models = [tiny_model("qwen2.5", n_layer=2, norm_eps=eps) for eps in (1e-6, 1.0)]
-    steps = [Step(model) for model in models]
+    steps = [Step(model, compile="traced") for model in models]
     for B in (1, 3, 1, 2):
         for model, step in zip(models, steps):
             idx = tokens_of(model, B, 12)
@@ -197,7 +197,7 @@ def test_a_captured_graph_says_what_the_model_says(arch: str) -> None:
     naive = model(idx)
     cache = KVCache(model.config.n_layer, batch=3, device="cuda", room=128)
     model(idx[:, :30], kv_cache=cache)
-    step = GraphStep(model, compile=False)
+    step = GraphStep(model, compile="off")
     for i in range(30, 100):
         assert torch.allclose(step(idx[:, i : i + 1], cache), naive[:, i], atol=1e-2)
         cache.set_lengths([i + 1] * 3)
