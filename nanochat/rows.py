@@ -174,10 +174,11 @@ class Rows:
         assert self.logits is not None
         if self._choice is None:
             self._choice = Choice(self.samplings, self.vocab_size, self.device)
-        tokens = self._choice(self.logits, uniforms, self._seen)  # (R,)
         n = self._choice.alternatives
         if n is None:
-            return [Picked(token, None, None) for token in tokens.tolist()]
+            chosen = self._choice.on_host(self.logits, uniforms, self._seen)
+            return [Picked(id, None, None) for id in chosen]
+        tokens = self._choice(self.logits, uniforms, self._seen)  # (R,)
         values, ids = likeliest(self.logits, n)  # (R, n) each
         columns = [tokens[:, None], log_probs_of(self.logits, tokens)[:, None], values, ids]
         told = torch.cat([c.double() for c in columns], dim=1).tolist()  # one read for all of it

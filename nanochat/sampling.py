@@ -104,6 +104,7 @@ class Choice:
         self.groups = [self._group(kind, k, at, rows) for (kind, k), at in kinds.items()]
         penalties = [row.repetition_penalty for row in rows]
         self.penalty = self._column(penalties) if any(p != 1 for p in penalties) else None
+        self.plainly_likeliest = self.penalty is None and set(kinds) == {("greedy", 0)}
         wanted = [row.logprobs for row in rows if row.logprobs is not None]
         self.alternatives = min(max(wanted), vocab_size) if wanted else None
 
@@ -143,6 +144,15 @@ class Choice:
         for group in self.groups:
             tokens[group.rows] = _choose(group, logits[group.rows], u[group.rows])
         return tokens
+
+    def on_host(
+        self, logits: Tensor, uniforms: Sequence[float], seen: Tensor | None = None
+    ) -> list[int]:
+        """The same as numbers. On a CPU every operation between two steps of a small model is felt,
+        so the likeliest tokens take a short way."""
+        if self.plainly_likeliest and logits.device.type == "cpu":
+            return logits.numpy().argmax(-1).tolist()
+        return self(logits, uniforms, seen).tolist()
 
 
 def _kind(row: Sampling, vocab_size: int) -> tuple[str, int]:
@@ -191,13 +201,17 @@ def _choose(group: _Group, logits: Tensor, u: Tensor) -> Tensor:
 
 def _nucleus(probs: Tensor, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
     """The likeliest tokens, falling, with their ids: at least as many as top-p keeps."""
-    if probs.device.type == "cpu" and top_p is not None and probs.size(-1) > NUCLEUS:
-        # Sorting everything takes ten times as long. (On a GPU it is asking that costs a sync.)
-        best, ids = probs.topk(NUCLEUS, dim=-1)
-        if bool((best.cumsum(-1)[:, -1:] >= top_p).all()):
-            return best, ids
-    best, ids = probs.sort(dim=-1, descending=True, stable=True)
-    return best, ids
+    if probs.device.type != "cpu" or top_p is None or probs.size(-1) <= NUCLEUS:
+        return probs.sort(dim=-1, descending=True, stable=True)
+    # Sorting everything takes ten times as long. (On a GPU it is asking that costs a sync.)
+    best, ids = probs.topk(NUCLEUS, dim=-1)
+    enough = best.cumsum(-1)[:, -1:] >= top_p  # (r, 1)
+    if bool(enough.all()):
+        return best, ids
+    best, sorted_ids = probs.sort(dim=-1, descending=True, stable=True)
+    # Among equals topk has an order of its own, which must not depend on the other rows
+    sorted_ids[:, :NUCLEUS] = ids.where(enough, sorted_ids[:, :NUCLEUS])
+    return best, sorted_ids
 
 
 def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -168,3 +168,16 @@ def test_what_means_nothing_is_refused_by_name(field: str, value: object) -> Non
     Sampling().check()
     with pytest.raises(UserError, match=field):
         Sampling(**{field: value}).check()  # type: ignore[arg-type]
+
+
+def test_the_order_among_equals_does_not_depend_on_the_other_rows() -> None:
+    """A row whose nucleus is small goes through topk, which orders ties in its own way; beside a row
+    whose nucleus is nearly everything it must choose the same."""
+    equal = torch.zeros(1, 3000)
+    equal[0, ::3] = 5.0  # a thousand likeliest tokens
+    rows = [Sampling(top_p=0.5), Sampling(top_p=0.999)]
+    uniforms = [i / 50 for i in range(50)]
+    alone = [int(Choice(rows[:1], 3000)(equal, [u])) for u in uniforms]
+    flat = torch.zeros(1, 3000)
+    both = [int(Choice(rows, 3000)(torch.cat((equal, flat)), [u, 0.5])[0]) for u in uniforms]
+    assert alone == both
