@@ -405,7 +405,7 @@ FREE_ON_RESUME = frozenset(
         "activation_checkpointing", "dtype", "compile", "shard", "shard_size", "preview", "resume",
         "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream",
         "eval_every",
-        "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
+        "eval_tokens", "eval_examples", "eval_samples", "val_mixture", "core_metric_every",
         "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
         "chat_eval_every", "chat_eval_tasks", "chat_eval_problems", "chat_eval_max_new_tokens",
         # compared by what comes of them: shape, number of steps, fingerprints, starting weights

@@ -66,6 +66,8 @@ def test_every_flag_is_compared_or_named_as_free() -> None:
         "--final_lr_frac", "--init_lr_frac", "--examples_per_step", "--num_samples",
         "--max_new_tokens", "--temperature", "--top_k",
     }  # fmt: skip
+    # How much is evaluated decides nothing
+    assert not {f"--eval_{what}" for what in ("every", "tokens", "examples", "samples")} & compared
 
 
 def test_the_same_run_is_the_same() -> None:
