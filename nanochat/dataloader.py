@@ -430,16 +430,22 @@ class StepLoader:
         return [MicroBatch(idx, targets) for idx, targets in zip(*batches)]
 
 
+def eval_rows(reader: RowReader, num_tokens: int) -> int:
+    """Rows that hold `num_tokens` of validation, one at least, or all there are. Opens the shards;
+    UserError if they fill no row."""
+    num_rows = min(max(1, num_tokens // (reader.row_len - 1)), reader.rows_per_epoch())
+    if num_rows == 0:
+        raise UserError(f"validation: {TOO_LITTLE.format(reader.row_len)} by --val_data")
+    return num_rows
+
+
 def eval_batches(
     reader: RowReader, num_tokens: int, batch_size: int, rank: int, world_size: int, device: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the first `num_tokens` of validation, (B, T) at a time.
 
     Which rows are read depends neither on the batch size nor on the number of ranks."""
-    num_rows = min(max(1, num_tokens // (reader.row_len - 1)), reader.rows_per_epoch())
-    if num_rows == 0:
-        raise UserError(f"validation: {TOO_LITTLE.format(reader.row_len)} by --val_data")
-    mine = np.arange(rank, num_rows, world_size)
+    mine = np.arange(rank, eval_rows(reader, num_tokens), world_size)
     for at in track(range(0, len(mine), batch_size), "validation", "batches"):
         x, y = map(np.ascontiguousarray, reader.read_rows(mine[at : at + batch_size]))
         yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)

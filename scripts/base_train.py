@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 from nanochat import distributed, flags
 from nanochat.common import UserError, get_base_dir, print0
-from nanochat.dataloader import RowReader, StepLoader, eval_batches
+from nanochat.dataloader import RowReader, StepLoader, eval_batches, eval_rows
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import ensure_bundle
-from nanochat.evals.core import evaluate_core
+from nanochat.evals.core import evaluate_core, read_bundle
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.plan import settle
@@ -112,9 +112,11 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     if args.preview:
         return preview_text(files, reader, tokenizer)
 
+    # What is missing should be known before, not after hours of training
+    eval_rows(val_reader, args.eval_tokens)
     bundle = get_base_dir() / "eval_bundle"
     if args.core_metric_every > 0:
-        ensure_bundle(bundle)  # missing data should be known before, not after hours of training
+        read_bundle(ensure_bundle(bundle))
 
     # The model, its optimizer, and how long it trains
     if source_meta is not None and args.arch is None and args.depth is None:
