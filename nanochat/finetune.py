@@ -16,7 +16,8 @@ from typing import Any
 
 from nanochat import distributed, flags, lora
 from nanochat.common import UserError, print0, warn0
-from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_batches
+from nanochat.conversation_source import ConversationSource
+from nanochat.dataloader import RowReader, StepLoader, eval_batches
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.evals.chat import run_chat_eval
