@@ -112,10 +112,8 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     if args.preview:
         return preview_text(files, reader, tokenizer)
 
-    # What is missing should be known before, not after hours of training
-    eval_rows(val_reader, args.eval_tokens)
     bundle = get_base_dir() / "eval_bundle"
-    if args.core_metric_every > 0:
+    if args.core_metric_every > 0:  # missing data should be known before, not after hours
         read_bundle(ensure_bundle(bundle))
 
     # The model, its optimizer, and how long it trains
@@ -131,6 +129,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     num_steps = settle_horizon(
         args, build_model(config, "meta"), args.max_seq_len * info.world_size
     )
+    eval_rows(val_reader, args.eval_tokens)  # likewise; tokenizes, so after flags are looked at
     rows_per_step = args.total_batch_size // args.max_seq_len
     settled = settle(args, config, info, rows_per_step, args.max_seq_len)
     grad_accum_steps(args.total_batch_size, settled[0], args.max_seq_len, info.world_size)
