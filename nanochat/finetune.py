@@ -16,7 +16,8 @@ from typing import Any
 
 from nanochat import distributed, flags, lora
 from nanochat.common import UserError, print0, warn0
-from nanochat.dataloader import ConversationSource, RowReader, StepLoader, eval_batches
+from nanochat.conversation_source import ConversationSource
+from nanochat.dataloader import RowReader, StepLoader, eval_batches
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.evals.chat import run_chat_eval
@@ -70,7 +71,7 @@ class ConversationFlags(flags.InheritedFlags, flags.ScheduleFlags, lora.LoraFlag
     sample_every: int = 500
     """Steps between samples, the first before training; -1: only at the end."""
     sample_prompts: str = "Hello! Who are you?|What is 27 + 15?"
-    """Questions to answer in samples, separated by |."""
+    """Questions to answer in samples, separated by |; empty: none."""
     chat_eval_every: int = 500
     """Steps between evaluations of --chat_eval_tasks, the first before training; -1: never."""
     chat_eval_tasks: str | None = None
@@ -271,7 +272,7 @@ def chat_metrics(
 def sample_replies(trainer: Trainer, tokenizer: object, prompts: str) -> None:
     """Prints and logs greedy replies to a few questions (rank 0)."""
     engine = Engine(trainer.model, tokenizer)
-    for prompt in prompts.split("|"):
+    for prompt in filter(None, prompts.split("|")):
         conversation = {"messages": [{"role": "user", "content": prompt}]}
         ids = engine.tokenizer.render_for_completion(conversation)
         sequences, _ = engine.generate_batch(ids, max_tokens=64, temperature=0)

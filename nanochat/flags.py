@@ -394,22 +394,3 @@ class InheritedFlags(FinetuneFlags):
     """Decoupled weight decay of the matrices and embeddings; -1: as the model was trained."""
     load_optimizer: Literal[0, 1] = 1
     """1: a warm start, with the checkpoint's optimizer state if it has one; 0: a cold start."""
-
-
-# Flags that may differ when a run is resumed. Every other one decides what is learned and must be
-# as it was (nanochat/start.py compares them).
-FREE_ON_RESUME = frozenset(
-    [
-        # where it runs, how it is shown, when it is measured and saved
-        "run", "model_tag", "rank_timeout", "device_type", "device_batch_size",
-        "activation_checkpointing", "dtype", "compile", "shard", "shard_size", "preview", "resume",
-        "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream",
-        "eval_every",
-        "eval_tokens", "eval_examples", "val_mixture", "core_metric_every",
-        "core_metric_max_per_task", "sample_every", "sample_prompts", "save_every", "keep_last",
-        "chat_eval_every", "chat_eval_tasks", "chat_eval_problems", "chat_eval_max_new_tokens",
-        # compared by what comes of them: shape, number of steps, fingerprints, starting weights
-        "arch", "depth", "tokenizer", "data", "val_data", "mixture", "task", "num_iterations",
-        "num_epochs", "target_flops", "target_param_data_ratio", "source", "source_tag", "step",
-    ]
-)  # fmt: skip

@@ -21,7 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanochat.chat_format import QWEN_SYSTEM
-from nanochat.checkpoint import STAGE_FOLDERS, set_aside, step_dir, write_checkpoint
+from nanochat.checkpoint import (
+    STAGE_FOLDERS,
+    claim,
+    set_aside,
+    set_log_aside,
+    step_dir,
+    write_checkpoint,
+)
 from nanochat.common import (
     UserError,
     atomic_write,
@@ -103,6 +110,8 @@ def import_model(
         "args": {},  # what it was trained with is not known
         "imported": {"from": where, "dtype": types, "max_position_embeddings": trained_len},
     }
+    claim(stage, tag)
+    set_log_aside(stage, tag)  # that of a run whose place this takes
     set_aside(stage, tag)
     write_checkpoint(final, weights, {}, meta)
     print0(

@@ -164,7 +164,7 @@ class CutMatrices(Matrices):
 def pays_to_cut(num_matrices: int, ranks: int) -> bool:
     """Whether matrices of one shape are to be cut (CutMatrices) instead of each going whole to its
     owner (Owned): if the busiest rank sends a quarter less. Below that two transfers more, each of
-    which takes its time however little it carries, are not worth it."""
+    which takes its time however little it carries, are not worth it. Never with one rank."""
     most = -(-num_matrices // ranks)
     whole = 2 * ranks * most  # matrices, padding included: to the owners and back
     # What is cut travels once more, from all ranks to the owners, which send it back

@@ -17,7 +17,8 @@ import numpy as np
 from rich import filesize
 
 from nanochat.common import print0
-from nanochat.dataloader import IGNORE, ConversationSource, RowReader
+from nanochat.conversation_source import ConversationSource
+from nanochat.dataloader import IGNORE, RowReader
 from nanochat.dataset import TextFiles, iter_texts
 from nanochat.packing import Documents, Plan
 from nanochat.tasks.common import Task

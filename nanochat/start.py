@@ -34,7 +34,7 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import UserError, print0, warn0
 from nanochat.distributed import DistInfo, rank_and_world, sum_over_ranks
-from nanochat.flags import FREE_ON_RESUME, FinetuneFlags, InheritedFlags, TrainFlags
+from nanochat.flags import FinetuneFlags, InheritedFlags, TrainFlags
 from nanochat.lora import LoraFlags, adapt
 from nanochat.models import Config, build_model, config_from_dict, config_to_dict
 from nanochat.optim import MuonAdamW, make_optimizer
@@ -261,6 +261,26 @@ def _name(source: str, folder: Path) -> str:
 
 # -------------------------------------------------------------------------------------------------
 # Resuming
+
+
+# Flags that may differ when a run is resumed. Every other one decides what is learned and must be
+# as it was.
+FREE_ON_RESUME = frozenset(
+    [
+        # where it runs, how it is shown, when it is measured and saved
+        "run", "model_tag", "rank_timeout", "device_type", "device_batch_size",
+        "activation_checkpointing", "dtype", "compile", "shard", "shard_size", "preview", "resume",
+        "repeats", "dry_run", "resume_from_step", "allow_changes", "token_cache_dir", "stream",
+        "eval_every", "eval_tokens", "eval_examples", "eval_samples", "val_mixture",
+        "core_metric_every", "core_metric_max_per_task", "sample_every", "sample_prompts",
+        "save_every", "keep_last", "chat_eval_every", "chat_eval_tasks", "chat_eval_problems",
+        "chat_eval_max_new_tokens",
+        # compared by what comes of them: shape, number of steps, fingerprints, starting weights
+        "arch", "depth", "tokenizer", "data", "val_data", "mixture", "task", "num_iterations",
+        "num_epochs", "target_flops", "target_tokens", "target_param_data_ratio", "source",
+        "source_tag", "step",
+    ]
+)  # fmt: skip
 
 
 def identity(args: TrainFlags, model: Any, num_steps: int, meta: dict[str, Any]) -> dict[str, Any]:

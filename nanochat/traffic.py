@@ -102,7 +102,7 @@ class Together:
 
     def is_cut(self, ranks: int) -> bool:
         """Whether matrices are cut into stretches (matrices.CutMatrices)."""
-        return self.kind == "muon" and ranks > 1 and pays_to_cut(len(self.shapes), ranks)
+        return self.kind == "muon" and pays_to_cut(len(self.shapes), ranks)
 
     def most(self, ranks: int) -> int:
         """Entries that the rank updates which has most of them: matrices go whole to one rank, or

@@ -27,7 +27,7 @@ from nanochat.dataset import split_files
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import ensure_bundle
-from nanochat.evals.core import evaluate_core
+from nanochat.evals.core import evaluate_core, read_bundle
 from nanochat.evals.hf_folder import TransformersModel, load_hf
 from nanochat.precision import autocast
 from nanochat.text_source import TextSource
@@ -84,6 +84,8 @@ def evaluate(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
         raise UserError(f"--eval={args.eval}: choose of {', '.join(KINDS)}, joined by commas")
     # What may be missing is looked for first: loading a model takes a while
     bundle = ensure_bundle(get_base_dir() / "eval_bundle") if "core" in wanted else None
+    if bundle is not None:
+        read_bundle(bundle)
     files = split_files(args.data, args.val_data) if "bpb" in wanted else None
     stage = args.source if args.hf is None else "hf"
     if args.hf is not None:

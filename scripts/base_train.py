@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 from nanochat import distributed, flags
 from nanochat.common import UserError, get_base_dir, print0
-from nanochat.dataloader import RowReader, StepLoader, eval_batches
+from nanochat.dataloader import RowReader, StepLoader, eval_batches, eval_rows
 from nanochat.dataset import split_files
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_bpb
 from nanochat.evals.bundle import ensure_bundle
-from nanochat.evals.core import evaluate_core
+from nanochat.evals.core import evaluate_core, read_bundle
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.plan import settle
@@ -113,8 +113,8 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         return preview_text(files, reader, tokenizer)
 
     bundle = get_base_dir() / "eval_bundle"
-    if args.core_metric_every > 0:
-        ensure_bundle(bundle)  # missing data should be known before, not after hours of training
+    if args.core_metric_every > 0:  # missing data should be known before, not after hours
+        read_bundle(ensure_bundle(bundle))
 
     # The model, its optimizer, and how long it trains
     if source_meta is not None and args.arch is None and args.depth is None:
@@ -129,6 +129,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     num_steps = settle_horizon(
         args, build_model(config, "meta"), args.max_seq_len * info.world_size
     )
+    eval_rows(val_reader, args.eval_tokens)  # likewise; tokenizes, so after flags are looked at
     rows_per_step = args.total_batch_size // args.max_seq_len
     settled = settle(args, config, info, rows_per_step, args.max_seq_len)
     grad_accum_steps(args.total_batch_size, settled[0], args.max_seq_len, info.world_size)

@@ -131,7 +131,9 @@ def problems_of(args: Args) -> tuple[Task, Task | None, str]:
 
 
 def check(args: Args, world_size: int) -> None:
-    """UserError for flags that contradict each other."""
+    """UserError for flags that contradict each other, or leave nothing to do."""
+    if args.examples_per_step < 1:
+        raise UserError(f"--examples_per_step={args.examples_per_step} must be at least 1")
     if args.examples_per_step < world_size:
         warn0(
             f"--examples_per_step={args.examples_per_step} leaves some of {world_size} ranks "

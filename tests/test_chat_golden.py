@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from nanochat.dataloader import ConversationSource
+from nanochat.conversation_source import ConversationSource
 from nanochat.evals.chat import letter_ids
 from nanochat.tasks.choice import choice_conversation
 from tests.test_chat_format import SUM, SYSTEM, TOOL, TWO_TURNS

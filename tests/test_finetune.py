@@ -439,6 +439,14 @@ def test_samples_are_shown_at_intervals(capsys: pytest.CaptureFixture[str]) -> N
         assert row["text"] == tokenizer.decode(greedy) and row["text"] in out
 
 
+def test_without_a_question_nothing_is_asked() -> None:
+    """The end of a run, at which samples are due whatever the interval, comes to its checkpoint."""
+    argv = [*MID_FLAGS, "--num_iterations=2", "--source_tag=d2", "--sample_every=-1"]
+    run_stage("mid_train", *argv, "--sample_prompts=", "--model_tag=silent")
+    assert list_steps("mid", "silent") == [2]
+    assert not [row for row in log_of("mid", "silent") if row["event"] == "sample"]
+
+
 def test_the_state_that_is_taken_over_shows_in_the_losses() -> None:
     """So test_ranks.py, which compares them, sees that each rank takes over its part."""
     argv = [*MID_FLAGS, "--source_tag=d2", "--device_batch_size=1", "--eval_every=-1"]

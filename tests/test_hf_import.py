@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat import hf_import
-from nanochat.checkpoint import list_steps, load_model, stage_dir
+from nanochat.checkpoint import LOG, list_steps, load_model, run_dir, stage_dir
 from nanochat.common import UserError, read_json, write_json
 from nanochat.engine import Engine
 from nanochat.hf import to_hf_name
@@ -248,8 +248,11 @@ def test_importing_again_moves_the_first_aside_and_keeps_its_tokenizer(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import_model(str(saved), "tag")
+    (run_dir("base", "tag") / LOG).write_text("of a run that had this tag", encoding="utf-8")
     import_model(str(saved), "tag")
-    assert (stage_dir("base") / ".old" / "tag" / "step_000000").is_dir()
+    old = stage_dir("base") / ".old" / "tag"
+    assert (old / "step_000000").is_dir()
+    assert (old / LOG).exists() and not (run_dir("base", "tag") / LOG).exists()
     with pytest.raises(UserError, match="must be the name of a folder"):
         import_model(str(saved), "a/tag")
     save_hf(tmp_path / "gpt", "gpt")

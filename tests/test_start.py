@@ -23,9 +23,10 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import UserError
 from nanochat.distributed import DistInfo
-from nanochat.flags import FREE_ON_RESUME, InheritedFlags
+from nanochat.flags import InheritedFlags
 from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.start import (
+    FREE_ON_RESUME,
     Start,
     continued_optimizer,
     find_resumable,
@@ -66,6 +67,8 @@ def test_every_flag_is_compared_or_named_as_free() -> None:
         "--final_lr_frac", "--init_lr_frac", "--examples_per_step", "--num_samples",
         "--max_new_tokens", "--temperature", "--top_k",
     }  # fmt: skip
+    # How much is evaluated decides nothing
+    assert not {f"--eval_{what}" for what in ("every", "tokens", "examples", "samples")} & compared
 
 
 def test_the_same_run_is_the_same() -> None:
@@ -73,7 +76,8 @@ def test_the_same_run_is_the_same() -> None:
     free = {"device_batch_size": 4, "save_every": 9, "run": "name", "eval_every": 3, "resume": True}
     refuse_changes(FOLDER, describe(), describe(**free), "")
     # How the length was asked for does not matter, nor does a flag that came later.
-    refuse_changes(FOLDER, describe(num_iterations=6), describe(target_flops=1e9), "")
+    for horizon in ("target_flops", "target_tokens", "target_param_data_ratio"):
+        refuse_changes(FOLDER, describe(num_iterations=6), describe(**{horizon: 1e9}), "")
     earlier = {name: value for name, value in describe().items() if name != "--grad_clip"}
     refuse_changes(FOLDER, earlier, describe(grad_clip=3.0), "")
 

@@ -46,7 +46,7 @@ FLOORS = {
     **dict.fromkeys(["cluster", "matrices", "static_step"], 1.75),
     **dict.fromkeys(["dataloader", "optim", "reply", "sampling", "tasks", "text_source"], 2),
     **dict.fromkeys(["serving", "tools"], 2),
-    "lora": 2.25,
+    **dict.fromkeys(["conversation_source", "lora"], 2.25),
     **dict.fromkeys(["plan", "prepare", "primer", "rewards"], 2.5),
     **dict.fromkeys(["scheduler", "traffic", "trial"], 2.75),
     "rows": 2.9,

@@ -90,10 +90,9 @@ def test_resume_refuses_what_differs(base: Path) -> None:
                         ("--source_tag=d2", "starting checkpoint")]:  # fmt: skip
         with pytest.raises(UserError, match=f"step_000003: .*its {named} was .*, now it is "):
             run_stage("base_train", *argv, flag, "--resume_from_step=3")
-    other = base / "other.txt"
-    other.write_text(
-        "\n\n".join(f"Another text about {k}." * 9 for k in range(99)), encoding="utf-8"
-    )
+    other = base / "other.jsonl"  # enough for a row of validation: 1 document in 50
+    texts = (json.dumps({"text": f"Another text about {k}. " * 20}) for k in range(400))
+    other.write_text("\n".join(texts), encoding="utf-8")
     with pytest.raises(UserError, match=r"its train data was .*; its val data was "):
         run_stage("base_train", *argv, f"--data={other}", "--resume_from_step=3")
 

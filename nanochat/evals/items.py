@@ -13,14 +13,16 @@ import torch
 
 from nanochat.common import atomic_write
 from nanochat.distributed import rank_and_world
+from nanochat.tokenizer import without_surrogates
 
 Item = dict[str, Any]
 
 
 def write_jsonl(path: Path, rows: Sequence[Item]) -> None:
-    """One row a line; the file is either whole or as it was."""
+    """One row a line; the file is either whole or as it was. Lone surrogates, which a question may
+    hold and a file may not, become U+FFFD."""
     with atomic_write(path, "w") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        f.writelines(without_surrogates(json.dumps(r, ensure_ascii=False)) + "\n" for r in rows)
 
 
 def gather_rows(rows: list[Item], device: torch.device | str = "cpu") -> list[Item]:

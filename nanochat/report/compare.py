@@ -258,7 +258,8 @@ def _draw(axes: Any, runs: tuple[Run, Run], what: Measure, axis: str) -> None:
 
 def write_comparison(a: Run, b: Run, out: Path) -> list[Path]:
     """Writes the text, as Markdown and as a page, and the curves, if the runs share a measure, all
-    under the name of the PNG file `out`; returns what was written."""
+    under the name of `out`, whatever of them it names; returns what was written."""
+    out = out.with_suffix(".png")
     panels = comparison_panels(a, b)
     text = compare_text(a, b, out.name if panels else None)
     write_pages([text], panels, out.with_suffix(".md"), out.name, columns=len(AXES))

@@ -78,7 +78,8 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not splitlines(), which cuts at U+2028 and U+0085 too: a model may write those
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
@@ -95,6 +96,7 @@ def read_run(path: Path, stage: str, tag: str) -> Run:
     checkpoint: its "start" erases what the file said of them."""
     run = Run(stage, tag)
     before: float | None = None
+    resumed_at: int | None = None
     for row in read_rows(path):
         now = _time(row)
         if row.get("event") != "start" and before and now > before:
@@ -109,11 +111,14 @@ def read_run(path: Path, stage: str, tag: str) -> Run:
             for rows in kept.values():
                 for old in [s for s in rows if s > step]:
                     del rows[old]
-            # Those of this very step are made again.
-            run.samples = {s: texts for s, texts in run.samples.items() if s < step}
+            run.samples = {s: texts for s, texts in run.samples.items() if s <= step}
+            resumed_at = step
         elif event == "end":
             run.end = row
         elif event == "sample":
+            if step == resumed_at:  # made again, as its checkpoint was saved before them
+                run.samples.pop(step, None)
+                resumed_at = None
             run.samples.setdefault(step, []).append(row)
         elif event in kept:
             # Several evaluations may be recorded at one step, each with its own names.

@@ -77,7 +77,9 @@ def access_of(args: ServeFlags) -> Access:
 
 
 def devices_of(args: ServeFlags, first: torch.device) -> list[torch.device]:
-    """Where the workers compute."""
+    """Where the workers compute. UserError if there are not as many."""
+    if args.workers < 0:
+        raise UserError(f"--workers={args.workers}: use a positive number, or 0 for one a GPU")
     if first.type != "cuda":
         return [first] * max(1, args.workers)
     there = torch.cuda.device_count()

@@ -166,7 +166,8 @@ class Worker:
     @property
     def num_running(self) -> int:
         """Replies that get a token each step."""
-        return self._scheduler.running if self._scheduler is not None else 0
+        scheduler = self._scheduler  # which the thread may take away between two looks
+        return scheduler.running if scheduler is not None else 0
 
     def submit(self, prompts: list[list[int]], sampling: Sampling, n: int) -> Job:
         """Hands a request to the thread. To be called in the event loop."""

@@ -54,8 +54,8 @@ _NUMBER = re.compile(
 
 
 def _canonical(number: str) -> str:
-    """A number in one spelling: "+1,200.50" -> "1200.5"."""
-    text = number.replace(",", "").lstrip("+")
+    """A number in one spelling: "+1,200.50" -> "1200.5", ".5" -> "0.5"."""
+    text = re.sub(r"^-?(?=\.)", r"\g<0>0", number.replace(",", "").lstrip("+"))
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 

@@ -7,7 +7,8 @@
 //!    regex engine.
 //! 2. [`count`]: equal pieces are counted once, in parallel. A corpus of gigabytes becomes a few
 //!    million distinct pieces, and everything after works on those.
-//! 3. [`train`]: the most frequent pair of adjacent tokens is merged, again and again.
+//! 3. [`train`]: the most frequent pair of adjacent tokens is merged, again and again, in one array
+//!    of all pieces ([`corpus`]).
 //! 4. [`encode`]: the learned merges ([`pairs`]) turn a piece into token ids and back, [`batch`]
 //!    many texts.
 //!
@@ -17,6 +18,7 @@
 
 pub mod batch;
 pub mod block;
+pub mod corpus;
 pub mod count;
 pub mod encode;
 pub mod pack;
@@ -85,7 +87,7 @@ impl fmt::Display for Error {
                 f,
                 "{bytes} bytes of distinct pieces, more than the {} that can be trained on; \
                  train on less text",
-                train::MAX_POSITIONS
+                corpus::MAX_POSITIONS
             ),
             Self::UnknownToken { id, index, vocab_size } => write!(
                 f,

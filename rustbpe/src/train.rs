@@ -27,12 +27,12 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::collections::hash_map::Entry;
 use std::hint::black_box;
-use std::ops::Range;
 
 use rustc_hash::FxHashMap;
 
+use crate::corpus::{Corpus, GAP};
 use crate::count::Counts;
-use crate::parallel::{self, Check, Pulse};
+use crate::parallel::Check;
 use crate::{Error, FIRST_MERGE_ID, Result};
 
 /// Told now and then how many merges are learned; `false` stops with [`Error::Interrupted`].
@@ -41,168 +41,17 @@ pub type Watch<'a> = &'a mut dyn FnMut(usize) -> bool;
 /// Two adjacent tokens.
 pub type Pair = (u32, u32);
 
-/// Positions of the corpus array that 31 bits can address: 2 GiB of distinct pieces.
-pub const MAX_POSITIONS: usize = (SPAN - 1) as usize;
-
 /// Occurrences between two checks for an interrupt (a few milliseconds).
 const MERGES_A_CHECK: usize = 1 << 16;
 
 /// By what the floor is divided when it gets lower: a pass over everything for each step.
 const FLOOR_STEP: u64 = 16;
 
-/// In a slot: this slot lies inside a token; the other bits are the token's length in bytes.
-const SPAN: u32 = 1 << 31;
-/// In a slot: no token begins or goes on here.
-const GAP: u32 = SPAN - 1;
-/// Stands before, between and after the pieces.
-const GAP_SLOT: Slot = Slot { token: GAP, weight: 0 };
-/// In a slot's weight: the other bits are an index into [`Corpus::heavy`].
-const HEAVY: u32 = 1 << 31;
-
 /// Positions that are looked at ahead of a merge.
 const AHEAD: usize = 32;
 
-/// One byte of a piece.
-#[derive(Clone, Copy)]
-struct Slot {
-    token: u32,
-    weight: u32, // occurrences of the piece in the text, or where they are written
-}
-
-/// All distinct pieces, one slot a byte, with a gap around each.
-///
-/// A token of length n takes n slots. Its id stands in the first; if n > 1, the second and the
-/// last slot hold `SPAN | n`. That is enough to step to either neighbour, so a linked list costs
-/// no memory of its own. All that a merge wants to know of a place is in one line of the cache.
-struct Corpus {
-    slots: Vec<Slot>,
-    heavy: Vec<u64>,  // weights of 31 bits and more
-    cuts: Vec<usize>, // some of the beginnings of pieces
-}
-
 /// Of the hash of a pair in a scan: 8 MB of sums a thread.
 const BUCKET_BITS: u32 = 20;
-
-/// Slots between two cuts, at which threads can share the work.
-const CUT: usize = 1 << 16;
-
-impl Corpus {
-    fn new() -> Self {
-        Self { slots: vec![GAP_SLOT], heavy: Vec::new(), cuts: vec![1] }
-    }
-
-    /// Adds a piece that occurs `count` times.
-    fn add(&mut self, piece: &[u8], count: u64) -> Result<()> {
-        if piece.len() < 2 || count == 0 {
-            return Ok(()); // no pair in it
-        }
-        let start = self.slots.len();
-        if start + piece.len() + 1 > MAX_POSITIONS {
-            return Err(Error::TooMuchText { bytes: start + piece.len() });
-        }
-        if start - self.cuts[self.cuts.len() - 1] >= CUT {
-            self.cuts.push(start);
-        }
-        let weight = self.weigh(count);
-        let slot = |&byte| Slot { token: u32::from(byte), weight };
-        self.slots.extend(piece.iter().map(slot));
-        self.slots.push(GAP_SLOT);
-        Ok(())
-    }
-
-    fn weigh(&mut self, count: u64) -> u32 {
-        match u32::try_from(count) {
-            Ok(weight) if weight < HEAVY => weight,
-            _ => {
-                self.heavy.push(count);
-                (self.heavy.len() - 1) as u32 | HEAVY
-            }
-        }
-    }
-
-    /// How often the piece that holds this slot occurs in the text.
-    #[inline]
-    fn count(&self, slot: usize) -> u64 {
-        let weight = self.slots[slot].weight;
-        if weight & HEAVY == 0 { u64::from(weight) } else { self.heavy[(weight ^ HEAVY) as usize] }
-    }
-
-    /// A floor that the first merges are well above: a guess, on which only the speed depends.
-    fn first_floor(&self, vocab_size: u32) -> u64 {
-        let bytes: u64 = (0..self.slots.len()).map(|slot| self.count(slot)).sum();
-        bytes / (u64::from(vocab_size.max(1)) * 4)
-    }
-
-    /// Does `work` for as many parts as there are threads; the results come in order.
-    fn each_part<R: Send>(
-        &self,
-        check: Check<'_>,
-        work: impl Fn(Range<usize>, &mut Pulse<'_>) -> Result<R> + Sync,
-    ) -> Result<Vec<R>> {
-        let threads = parallel::threads_for(self.slots.len()).min(self.cuts.len());
-        let cut = |k| *self.cuts.get(k * self.cuts.len() / threads).unwrap_or(&self.slots.len());
-        let mut done: Vec<Vec<(usize, R)>> = Vec::new();
-        done.resize_with(threads, Vec::new);
-        parallel::for_each(&mut done, threads, check, |mine, k, pulse| {
-            mine.push((k, work(cut(k)..cut(k + 1), pulse)?));
-            Ok(())
-        })?;
-        let mut done: Vec<(usize, R)> = done.into_iter().flatten().collect();
-        done.sort_unstable_by_key(|&(part, _)| part);
-        Ok(done.into_iter().map(|(_, result)| result).collect())
-    }
-
-    /// Calls `visit(key, position)` for each pair of a part, from left to right.
-    fn each_pair(
-        &self,
-        part: Range<usize>,
-        pulse: &mut Pulse<'_>,
-        mut visit: impl FnMut(u64, u32),
-    ) -> Result<()> {
-        let (mut p, mut next_beat) = (part.start, part.start);
-        while p < part.end {
-            if p >= next_beat {
-                pulse.beat()?;
-                next_beat = p + MERGES_A_CHECK;
-            }
-            let token = self.slots[p].token;
-            if token == GAP {
-                p += 1;
-                continue;
-            }
-            let next = self.next(p);
-            if self.slots[next].token != GAP {
-                visit(key((token, self.slots[next].token)), p as u32);
-            }
-            p = next;
-        }
-        Ok(())
-    }
-
-    /// The position after the token at `p`: another token's, or a gap's.
-    #[inline]
-    fn next(&self, p: usize) -> usize {
-        let slot = self.slots[p + 1].token;
-        if slot & SPAN == 0 { p + 1 } else { p + (slot ^ SPAN) as usize }
-    }
-
-    /// The position before the token at `p`: another token's, or a gap's.
-    #[inline]
-    fn previous(&self, p: usize) -> usize {
-        let slot = self.slots[p - 1].token;
-        if slot & SPAN == 0 { p - 1 } else { p - (slot ^ SPAN) as usize }
-    }
-
-    /// Makes one token `id` of the tokens at `left` and `right`, which ends before `end`.
-    #[inline]
-    fn join(&mut self, left: usize, right: usize, end: usize, id: u32) {
-        let span = SPAN | (end - left) as u32;
-        self.slots[left].token = id;
-        self.slots[right].token = GAP; // it begins no token any more; stale positions must see that
-        self.slots[left + 1].token = span;
-        self.slots[end - 1].token = span;
-    }
-}
 
 /// What is known of a pair: occurrences, and where they began when the pair arose (some of these
 /// positions may be gone by now; the tokens there tell).
@@ -230,11 +79,11 @@ fn pair(key: u64) -> Pair {
 /// by a hash of the pair, without its name; only where a sum reaches the floor can a pair do so.
 fn scan(corpus: &Corpus, floor: u64, check: Check<'_>) -> Result<Pairs> {
     let bucket =
-        |key: u64| (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BUCKET_BITS)) as usize;
+        |pair: Pair| (key(pair).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BUCKET_BITS)) as usize;
     let mut summed = corpus.each_part(check, |part, pulse| {
         let mut sums = vec![0u64; 1 << BUCKET_BITS];
-        corpus.each_pair(part, pulse, |key, position| {
-            sums[bucket(key)] += corpus.count(position as usize);
+        corpus.each_pair(part, pulse, |pair, position| {
+            sums[bucket(pair)] += corpus.count(position as usize);
         })?;
         Ok(sums)
     })?;
@@ -244,9 +93,9 @@ fn scan(corpus: &Corpus, floor: u64, check: Check<'_>) -> Result<Pairs> {
     }
     let found = corpus.each_part(check, |part, pulse| {
         let mut pairs = Pairs::default();
-        corpus.each_pair(part, pulse, |key, position| {
-            if sums[bucket(key)] >= floor {
-                let occurrences = pairs.entry(key).or_default();
+        corpus.each_pair(part, pulse, |pair, position| {
+            if sums[bucket(pair)] >= floor {
+                let occurrences = pairs.entry(key(pair)).or_default();
                 occurrences.count += corpus.count(position as usize);
                 occurrences.positions.push(position);
             }
@@ -350,18 +199,18 @@ impl Training {
                 // The places are scattered over the memory. Asked for together, they come
                 // together, in about the time that one of them would take.
                 let soon = positions[i..].iter().take(AHEAD);
-                black_box(soon.fold(0, |all, &p| all ^ corpus.slots[p as usize].token));
+                black_box(soon.fold(0, |all, &p| all ^ corpus.token(p as usize)));
             }
             let left = left as usize;
-            if corpus.slots[left].token != a {
+            if corpus.token(left) != a {
                 continue; // an earlier merge took the token
             }
             let right = corpus.next(left);
-            if corpus.slots[right].token != b {
+            if corpus.token(right) != b {
                 continue;
             }
             let (previous, end) = (corpus.previous(left), corpus.next(right));
-            let (x, y) = (corpus.slots[previous].token, corpus.slots[end].token);
+            let (x, y) = (corpus.token(previous), corpus.token(end));
             let count = corpus.count(left);
             if x == id {
                 after.by_token[a as usize].count -= count; // the pair (id, a) arose just before
@@ -385,9 +234,10 @@ impl Training {
 /// token 256. Fewer come back when no pair is left. The order of the pieces is irrelevant. The
 /// counts must add up to less than 2^64.
 pub fn train(counts: &Counts, vocab_size: u32, watch: Watch<'_>) -> Result<Vec<Pair>> {
-    let mut corpus = Corpus::new();
+    let mut corpus = Corpus::default();
     counts.each(|piece, count| corpus.add(piece, count))?;
-    let floor = corpus.first_floor(vocab_size);
+    // The first merges are well above it: a guess, on which only the speed depends
+    let floor = corpus.bytes() / (u64::from(vocab_size.max(1)) * 4);
     train_from(corpus, vocab_size, floor, watch)
 }
 
@@ -447,7 +297,7 @@ mod tests {
     const D: u32 = b'd' as u32;
 
     fn corpus(pieces: &[(&str, u64)]) -> Corpus {
-        let mut corpus = Corpus::new();
+        let mut corpus = Corpus::default();
         pieces.iter().for_each(|&(piece, n)| corpus.add(piece.as_bytes(), n).unwrap());
         corpus
     }

@@ -304,5 +304,15 @@ def test_two_ranks_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(pool.map(as_rank, range(2))) == [alone, alone]
 
 
+def test_what_no_file_can_hold_does_not_end_an_evaluation(tmp_path: Path) -> None:
+    """Half of a surrogate pair: text that was cut in the middle of an emoji, escaped in a jsonl."""
+    tokenizer, path = tiny_tokenizer(), tmp_path / "items.jsonl"
+    row = {"messages": [{"role": "user", "content": json.loads('"Hi \\ud83d"')}], "expected": "Ho"}
+    task, model = task_of(Custom, [row]), tiny_model(tokenizer.get_vocab_size())
+    engine = ReplyEngine(tokenizer, {prompt_of(tokenizer, task, 0): ["Ho"]})
+    run_chat_eval(task, model, tokenizer, engine, items_path=path)
+    assert json.loads(path.read_text(encoding="utf-8"))["prompt"] == "Hi \ufffd"
+
+
 def test_gather_alone() -> None:
     assert items.gather_rows([{"a": 1}]) == [{"a": 1}]

@@ -20,10 +20,9 @@ from nanochat.report.tables import duration, literal, percent, show, table
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    (tmp_path / "report").mkdir()
-    return tmp_path / "report"
+def folder(own_base_dir: Path) -> Path:
+    (own_base_dir / "report").mkdir(parents=True)
+    return own_base_dir / "report"
 
 
 def log_of(folder: Path, stage: str) -> Path:

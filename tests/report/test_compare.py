@@ -69,6 +69,14 @@ def test_tokens_to_the_others_end_by_hand() -> None:
     assert "not ended" in text and "Nothing that decides a run." in text
 
 
+def test_the_text_does_not_take_the_pictures_place(tmp_path: Path) -> None:
+    runs = [load_run(write_run(tag, [4.0, 2.0])) for tag in ("a", "b")]
+    written = write_comparison(runs[0], runs[1], tmp_path / "both.md")
+    assert sorted(path.suffix for path in written) == [".html", ".md", ".png"]
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert "](both.png)" in (tmp_path / "both.md").read_text(encoding="utf-8")
+
+
 def test_what_rises_is_reached_from_below() -> None:
     accuracy = next(m for m in MEASURES if m.key == "pass1")
     run = load_run(write_run("d4", [4.0, 2.0, 1.0]))

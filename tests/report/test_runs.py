@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nanochat.checkpoint import LOG, STAGE_FOLDERS
+from nanochat.common import append_jsonl
 from nanochat.report.runs import read_run, read_runs
 
 
@@ -44,6 +45,19 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     assert run.seconds == 8.0  # of the last step, for there is no end
 
 
+def test_what_was_said_before_the_checkpoint_is_kept(tmp_path: Path) -> None:
+    """A run that has ended and is resumed takes no step and asks nothing again."""
+    path = write(
+        tmp_path / "x.jsonl",
+        {"event": "start", "step": 0},
+        *(step(i, 9.0) for i in (1, 2)),
+        *({"event": "sample", "step": 2, "text": text} for text in ("one", "two")),
+        {"event": "start", "step": 2},
+        {"event": "end", "step": 2, "seconds": 4.0},
+    )
+    assert [row["text"] for row in read_run(path, "base", "d4").samples[2]] == ["one", "two"]
+
+
 def test_evaluations_of_one_step_add_up(tmp_path: Path) -> None:
     path = write(
         tmp_path / "x.jsonl",
@@ -52,6 +66,16 @@ def test_evaluations_of_one_step_add_up(tmp_path: Path) -> None:
     )
     run = read_run(path, "base", "d4")
     assert run.last("evals", "val_bpb") == 1.0 and run.last("evals", "core_metric") == 0.1
+
+
+def test_a_row_ends_where_its_line_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unicode's own line ends stand in texts unescaped: the logs are written so."""
+    path, text = tmp_path / "x.jsonl", "one\u2028two\u2029three\u0085four"
+    append_jsonl(path, {"event": "sample", "step": 1, "text": text})
+    append_jsonl(path, {"event": "step", "step": 2})
+    run = read_run(path, "base", "d4")
+    assert [row["text"] for row in run.samples[1]] == [text] and run.num_steps == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_torn_file_is_read_as_far_as_it_goes(

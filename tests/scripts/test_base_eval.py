@@ -22,14 +22,13 @@ FLAGS = ["--device-type=cpu", "--split_tokens=512", "--device_batch_size=2"]
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    save_tiny(tmp_path, "base")
+def base(own_base_dir: Path) -> Path:
+    save_tiny(own_base_dir, "base")
     for name in ("a.jsonl", "b.jsonl"):
-        path = tmp_path / "base_data" / name
-        path.parent.mkdir(exist_ok=True)
+        path = own_base_dir / "base_data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"text": f"{name} {TEXT}"}) + "\n", encoding="utf-8")
-    return tmp_path
+    return own_base_dir
 
 
 def run(*argv: str) -> None:

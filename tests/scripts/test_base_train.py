@@ -67,3 +67,20 @@ def test_each_step_is_a_line_in_a_log_and_the_same_line_on_a_terminal(
     assert re.search(rf"━ {line.format(2)}", shown)  # beside a bar
     assert re.search(rf"\x1b\[2K{line.format(3)}\r\n", shown)  # and the last one stays
     assert re.search(r"\x1b\[2Kbase step 2: val_bpb \d\.\d{4}\r\n", shown)
+
+
+def test_what_the_end_will_need_is_asked_for_at_the_beginning(
+    own_base_dir: Path, tmp_path: Path
+) -> None:
+    """Evaluated at the end alone, before the only checkpoint: an error there would cost the run."""
+    make_world(own_base_dir)
+    short = tmp_path / "short.txt"
+    short.write_text("Too short for a row.", encoding="utf-8")
+    (next((own_base_dir / "eval_bundle" / "eval_data" / "primer").iterdir())).unlink()
+    for flag, said in (
+        (f"--val_data={short}", "validation: the data does not fill one row"),
+        ("--core_metric_every=1000", "its rows .* are missing"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_stage("base_train", *FLAGS, flag)
+    assert not run_dir("base", "d2").exists()

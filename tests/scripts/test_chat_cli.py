@@ -38,11 +38,10 @@ def run_chat(*argv: str) -> int:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(own_base_dir: Path) -> Path:
     """A base directory with a random model."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    save_tiny(tmp_path, "sft")
-    return tmp_path
+    save_tiny(own_base_dir, "sft")
+    return own_base_dir
 
 
 @pytest.fixture

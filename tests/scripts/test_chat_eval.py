@@ -25,14 +25,13 @@ FLAGS = ["-i", "sft", "-a", "pick|talk", "-m", "6", "-b", "4", "--device-type=cp
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    save_tiny(tmp_path, "sft")
+def base(own_base_dir: Path) -> Path:
+    save_tiny(own_base_dir, "sft")
     for name, rows in (("pick", CHOICES), ("talk", CHAT)):
-        path = tmp_path / "task_data" / name / "test.jsonl"
+        path = own_base_dir / "task_data" / name / "test.jsonl"
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return tmp_path
+    return own_base_dir
 
 
 def run(*argv: str) -> None:

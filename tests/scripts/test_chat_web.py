@@ -169,6 +169,9 @@ def test_one_worker_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [d.index for d in devices_of(Args(workers=2), gpu)] == [0, 1]
     with pytest.raises(UserError, match=r"--workers=4.*3 GPUs"):
         devices_of(Args(workers=4), gpu)
+    for device in (cpu, gpu):
+        with pytest.raises(UserError, match=r"--workers=-1"):
+            devices_of(Args(workers=-1), device)
     assert step_of(Args(), gpu) == "graph" and step_of(Args(), cpu) == "plain"
     assert step_of(Args(decoding="compiled"), gpu) == "compiled"
 

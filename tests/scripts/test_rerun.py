@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,8 +93,9 @@ def test_without_go_nothing_is_trained_and_what_changed_is_said(
 
 def test_another_run_is_refused_before_its_first_step(base: Path) -> None:
     script, argv = STAGES["base"]
-    other = base / "other.txt"
-    other.write_text("\n\n".join(f"Another text {k}." * 9 for k in range(99)), encoding="utf-8")
+    other = base / "other.jsonl"  # enough for a row of validation: 1 document in 50
+    texts = (json.dumps({"text": f"Another text {k}. " * 20}) for k in range(400))
+    other.write_text("\n".join(texts), encoding="utf-8")
     changes = {
         "--seed=7": "--seed was 42, now it is 7",
         f"--data={other}": "train data",

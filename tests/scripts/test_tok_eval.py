@@ -25,15 +25,14 @@ TEXTS = ("validation", *SAMPLES, *LANGUAGES)
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def base(own_base_dir: Path) -> Path:
     """A base directory with a tokenizer and a validation text of two documents."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    tiny_tokenizer().save(tmp_path / "tokenizer")
-    (tmp_path / "base_data").mkdir()
+    tiny_tokenizer().save(own_base_dir / "tokenizer")
+    (own_base_dir / "base_data").mkdir(parents=True)
     for name, texts in (("a.jsonl", ["never read"]), ("b.jsonl", ["The river. é", "The sea."])):
         rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (tmp_path / "base_data" / name).write_text(rows, encoding="utf-8")
-    return tmp_path
+        (own_base_dir / "base_data" / name).write_text(rows, encoding="utf-8")
+    return own_base_dir
 
 
 def rows(base: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -26,15 +26,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def base(own_base_dir: Path) -> Path:
     """A base directory whose base_data/ holds TEXT by lines, and other text for validation."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    data = tmp_path / "base_data"
-    data.mkdir()
+    data = own_base_dir / "base_data"
+    data.mkdir(parents=True)
     for name, texts in (("a.jsonl", TEXT.splitlines()), ("b.jsonl", ["validation words"] * 99)):
         rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (data / name).write_text(rows, encoding="utf-8")
-    return tmp_path
+    return own_base_dir
 
 
 def metrics(base: Path) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from nanochat.common import UserError
-from nanochat.dataloader import IGNORE, ConversationSource, RowReader
+from nanochat.conversation_source import ConversationSource
+from nanochat.dataloader import IGNORE, RowReader
 from tests.tokenizers_for_tests import tiny_qwen, tiny_tokenizer
 
 TOKENIZERS = [tiny_tokenizer(), tiny_qwen()]
