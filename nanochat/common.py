@@ -27,7 +27,8 @@ class UserError(Exception):
 
 def get_base_dir() -> Path:
     """Where every artifact lives: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    # ~ is the shell's, but not within quotes, nor in an .env file
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
 
 
 def is_rank0() -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, get_base_dir
 
+ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv"  # which setup.sh makes
 SETUP = "`source setup.sh` in nanochat's folder installs what is needed and activates it"
 
 # Packages that only some commands need, and what installs them
@@ -145,7 +146,10 @@ def _missing_package(error: ImportError) -> UserError | None:
     name = (error.name or "").partition(".")[0]
     if name in ("", "nanochat", "scripts") or not isinstance(error, ModuleNotFoundError):
         return None  # a wrong import of ours, or a package that is there and broken
-    how = f"install it: `{INSTALL[name]}`" if name in INSTALL else SETUP
+    if (ENVIRONMENT / "pyvenv.cfg").exists() and Path(sys.prefix) != ENVIRONMENT:
+        how = f"nanochat's environment is not active; `source {ENVIRONMENT}/bin/activate` does that"
+    else:
+        how = f"install it: `{INSTALL[name]}`" if name in INSTALL else SETUP
     return UserError(f"the Python package {name} is not installed in {sys.prefix}: {how}")
 
 

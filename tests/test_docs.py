@@ -63,19 +63,20 @@ SMALLER = {
     "scripts.chat_rl": [*RL_FLAGS[1:], "--num_iterations=1", "--max_new_tokens=4"],
     "scripts.chat_eval": [CPU, "-x", "4", "-m", "4"],
     "scripts.chat_cli": [CPU, "-m", "4"],
+    "scripts.plan": ["--max_seq_len=64"],
+    "nanochat.dataset": ["--workers=1"],
 }
 # Commands that are parsed here (tests/test_structure.py parses all) and not run, and why.
 ONLY_PARSED = {
     "torchrun": "takes eight GPUs; tests/test_ranks.py runs torchrun",
     "--arch=qwen2.5-0.5b": "half a billion parameters; tests/test_train.py runs a small one",
     "nanochat.dataset -n 8": "downloads; tests/test_download.py runs it against a server here",
-    "prepare": "downloads; tests/test_prepare.py runs it on files that are here",
+    "--executor=ray": "starts a cluster, which takes a while; tests/test_prepare.py does so",
     "scripts.hf_import": "downloads; tests/scripts/test_hf_import.py imports a folder",
     "--source_tag=qwen": "goes on with that download; tests/test_lora.py runs --lora_rank",
     "HumanEval": "problems are downloaded; tests/scripts/test_chat_eval.py runs it on a few",
     "bench.decode_speed": "takes minutes; tests/test_decode_speed.py runs it small",
     "scripts.chat_web": "serves until it is stopped; tests/scripts/test_chat_web.py runs it",
-    "scripts.plan": "builds large shapes, which takes a while; tests/test_budget.py runs it",
     "scripts.miniseries": "four trainings; tests/scripts/test_miniseries.py runs it small",
 }
 
