@@ -112,6 +112,12 @@ TORCH = [
     ),
     (r"Too many open files", "too many files are open", "Raise the limit: `ulimit -n 65536`"),
     (
+        r"No API key configured|wandb login",
+        "wandb is not logged in",
+        "`wandb login` does that, WANDB_MODE=offline does without; or drop --run: log.jsonl beside "
+        "the checkpoints has all of it anyway",
+    ),
+    (
         r"Couldn't reach .* on the Hub|Failed to resolve|Name or service not known|"
         r"Max retries exceeded|Cannot reach|Network is unreachable|offline mode is enabled|"
         r"Temporary failure in name resolution|Connection (refused|reset by peer)",

@@ -24,11 +24,13 @@ import tyro
 
 from nanochat.common import UserError
 
-SHARES = ("warmdown_ratio", "final_lr_frac")
+SHARES = ("warmdown_ratio", "final_lr_frac", "mfu")
+ABOVE_ZERO = ("timeout", "rank_timeout", "network", "chars_per_token", "num_epochs")
 # What a flag of these names may be, in whichever command; its default too, which may be -1
 LEAST = {
     **dict.fromkeys(["num_iterations", "total_batch_size", "device_batch_size", "max_seq_len"], 1),
-    **dict.fromkeys(["max_new_tokens", "num_samples", "batch_size"], 1),
+    **dict.fromkeys(["max_new_tokens", "num_samples", "batch_size", "vocab_size"], 1),
+    **dict.fromkeys(["examples_per_step", "nproc_per_node", "eval_tokens"], 1),
     **dict.fromkeys(["temperature", "top_k", *SHARES], 0),
 }
 
@@ -148,6 +150,11 @@ def check_values(args: Any) -> None:
             continue
         if value < LEAST.get(name, value) or (name in SHARES and value > 1):
             least = "a share, from 0 to 1" if name in SHARES else f"at least {LEAST[name]}"
+            raise UserError(f"--{name}={value:g} must be {least}; the default is {one.default}")
+        # -1 of a whole number often stands for never, or for all, where it is no default
+        whole = isinstance(value, int)
+        if value < (-1 if whole else 0) and name != "seed" or (value == 0 and name in ABOVE_ZERO):
+            least = "above 0" if name in ABOVE_ZERO else f"0 or more{', or -1' * whole}"
             raise UserError(f"--{name}={value:g} must be {least}; the default is {one.default}")
 
 

@@ -18,8 +18,20 @@ import torch
 from nanochat import checkpoint, dataset, errors, flags
 from nanochat.common import UserError, atomic_write
 from nanochat.distributed import pick_device_type
+from nanochat.report import __main__ as report
 from nanochat.serve.run import listen
-from scripts import base_train, chat_cli, chat_eval, chat_sft, hf_export, hf_import, plan, tok_train
+from scripts import (
+    base_train,
+    chat_cli,
+    chat_eval,
+    chat_rl,
+    chat_sft,
+    hf_export,
+    hf_import,
+    plan,
+    tok_eval,
+    tok_train,
+)
 from tests.conftest import REPO
 from tests.tiny_world import BASE_FLAGS, new_world, run_stage
 
@@ -43,6 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n', encoding="utf-8")
     (folder / "columns.jsonl").write_text('{"txt": "good"}\n', encoding="utf-8")
     (folder / "bad.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "empty.txt").touch()
     (folder / "table.csv").write_text("a,b\n", encoding="utf-8")
     return folder
 
@@ -111,6 +124,19 @@ MISTAKES = {
     "no such task": (
         chat_eval, ["-i", "base", "-a", "gsm9k", "--device_type=cpu"], "no task 'gsm9k'.*gsm8k",
     ),
+    "tasks joined by commas": (
+        chat_eval, ["-i", "base", "-a", "gsm8k,mmlu", "--device_type=cpu"], r"are joined by \|",
+    ),
+    "a mixture of so many what": (
+        chat_sft, ["--source=base", "--mixture=primer-facts@all", "--device_type=cpu"],
+        r"rows and epochs are whole numbers, as in smoltalk@5000\*2",
+    ),
+    "nothing to validate on": (tok_eval, ["--data={base}/empty.txt"], "text .*empty.txt is empty"),
+    "a report on no run": (
+        report, ["--model_tag=d9"], "no metrics of --model_tag=d9; the runs there are: base/d2",
+    ),
+    "no vocabulary to plan for": (plan, ["--depth=2", "--vocab_size=0"], "vocab_size=0 must be at"),
+    "a step of nothing": (chat_rl, ["--examples_per_step=0"], "examples_per_step=0 must be at"),
     "another stage's model": (
         chat_sft, ["--source=mid", "--device_type=cpu"], r"no mid checkpoint .*scripts\.mid_train",
     ),
@@ -265,6 +291,10 @@ UNFORESEEN = {
     ),
     "no network": (
         ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub"), "network was not reached",
+    ),
+    "no account": (
+        RuntimeError("No API key configured. Use `wandb login` to log in."),
+        "wandb is not logged in .*WANDB_MODE=offline.*drop --run",
     ),
     "no gguf": (
         ModuleNotFoundError("No module named 'gguf'", name="gguf"), r"uv pip install 'gguf",

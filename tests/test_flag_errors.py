@@ -77,6 +77,41 @@ def test_what_cannot_be_is_one_sentence(argv: list[str], said: str) -> None:
     assert re.match(f".*{said}", text) and "\n" not in text, text
 
 
+@dataclass
+class Numbers:
+    """Flags whose numbers cannot be just any."""
+
+    seed: int = 42
+    eval_every: int = 250
+    grad_clip: float = 1.0
+    matrix_lr: float = -1.0
+    mfu: float = -1.0
+    timeout: float = 60.0
+    num_epochs: float = 1.0
+    num_iterations: int = -1
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--eval_every=-7", "--eval_every=-7 must be 0 or more, or -1; the default is 250"),
+        ("--grad_clip=-1", "--grad_clip=-1 must be 0 or more; the default is 1.0"),
+        ("--matrix_lr=-5", "--matrix_lr=-5 must be 0 or more; the default is -1.0"),
+        ("--mfu=45", "--mfu=45 must be a share, from 0 to 1; the default is -1.0"),
+        ("--timeout=0", "--timeout=0 must be above 0; the default is 60.0"),
+        ("--num_epochs=-1", "--num_epochs=-1 must be above 0; the default is 1.0"),
+        ("--num_iterations=-2", "--num_iterations=-2 must be at least 1; the default is -1"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused(word: str, said: str) -> None:
+    assert said_of(Numbers, [word]) == said
+
+
+def test_minus_one_is_never_or_the_default() -> None:
+    argv = ["--seed=-9", "--eval_every=-1", "--matrix_lr=-1", "--num_iterations=-1"]
+    assert flags.parse(Numbers, argv) == Numbers(seed=-9, eval_every=-1)
+
+
 def test_a_part_of_a_name_leads_to_all_that_have_it() -> None:
     said = said_of(base_train.Args, ["--batch_size=4"])
     assert "the nearest are --total_batch_size and --device_batch_size" in said
@@ -128,4 +163,4 @@ def test_values_of_the_right_kind_pass() -> None:
     argv = ["--layers=4", "-r", "1e-3", "--rows", "8", "--mode=fast", "--name", "--", "four"]
     right = Kinds(layers=4, rate=1e-3, rows=8, mode="fast", name="four", resume=True)
     assert flags.parse(Kinds, [*argv, "--resume"]) == right
-    assert flags.parse(Kinds, ["--layers=None", "--rate", "-1"]) == Kinds(rate=-1.0)
+    assert flags.parse(Kinds, ["--layers=None", "--rows", "-1"]) == Kinds(rows=-1)
