@@ -153,7 +153,7 @@ def check_values(args: Any) -> None:
             raise UserError(f"--{name}={value:g} must be {least}; the default is {one.default}")
         # -1 of a whole number often stands for never, or for all, where it is no default
         whole = isinstance(value, int)
-        if value < (-1 if whole else 0) and name != "seed" or (value == 0 and name in ABOVE_ZERO):
+        if (value < (-1 if whole else 0) and name != "seed") or (value == 0 and name in ABOVE_ZERO):
             least = "above 0" if name in ABOVE_ZERO else f"0 or more{', or -1' * whole}"
             raise UserError(f"--{name}={value:g} must be {least}; the default is {one.default}")
 
