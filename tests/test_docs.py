@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from nanochat import flags
+from scripts import plan
 from tests.conftest import REPO
 from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, new_world, run_stage
 
@@ -99,6 +100,7 @@ def docs_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     commands add to it, chapter after chapter."""
     with new_world(tmp_path_factory) as folder, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(plan, "SIZES", ("--depth=2", "--depth=4"))  # its table takes large shapes
         shutil.copytree(folder / "task_data" / "primer-chat", folder / "task_data" / "smoltalk")
         chats = (folder / "task_data" / "primer-chat" / "train.jsonl").read_text(encoding="utf-8")
         Path("my_conversations.jsonl").write_text("\n".join(chats.splitlines()[:20]) + "\n")
@@ -135,6 +137,8 @@ def run(words: list[str]) -> None:
     except ModuleNotFoundError:
         module = importlib.import_module(name)
     smaller = SMALLER.get(name, [])
+    if name == "scripts.plan" and any(word.startswith("--depth=") for word in argv):
+        smaller = [*smaller, "--depth=4"]
     if name == "scripts.base_train":  # a run keeps the name that its depth would give it
         depth = next((word for word in argv if word.startswith("--depth=")), "--depth=20")
         arch = "turbo-" * ("--arch=turbo" in argv)
