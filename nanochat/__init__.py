@@ -6,7 +6,7 @@ import sys
 OLDEST = (3, 10)  # of the Pythons that run this; the lines here are for older ones too
 
 
-def _before_main(kind, error, trace):
+def before_main(kind, error, trace):
     """What ends a program before flags.run is there to tell it: a Python that is too old or lacks
     the packages (it is not the environment's), or Ctrl-C while torch is imported."""
     said = None
@@ -27,4 +27,4 @@ def _before_main(kind, error, trace):
 
 
 if sys.argv[:1] == ["-m"]:  # `python -m scripts.X` is being started, nothing is imported yet
-    sys.excepthook = _before_main
+    sys.excepthook = before_main

@@ -27,7 +27,12 @@ class UserError(Exception):
 
 def get_base_dir() -> Path:
     """Where every artifact lives: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    # ~ is the shell's, but not within quotes, nor in an .env file
+    folder = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as e:  # a user id without an account, as in some containers
+        raise UserError(f"{folder}: there is no such home folder; set NANOCHAT_BASE_DIR") from e
 
 
 def is_rank0() -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, get_base_dir
 
+ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv"  # which setup.sh makes
 SETUP = "`source setup.sh` in nanochat's folder installs what is needed and activates it"
 
 # Packages that only some commands need, and what installs them
@@ -111,6 +112,12 @@ TORCH = [
     ),
     (r"Too many open files", "too many files are open", "Raise the limit: `ulimit -n 65536`"),
     (
+        r"No API key configured|wandb login",
+        "wandb is not logged in",
+        "`wandb login` does that, WANDB_MODE=offline does without; or drop --run: log.jsonl beside "
+        "the checkpoints has all of it anyway",
+    ),
+    (
         r"Couldn't reach .* on the Hub|Failed to resolve|Name or service not known|"
         r"Max retries exceeded|Cannot reach|Network is unreachable|offline mode is enabled|"
         r"Temporary failure in name resolution|Connection (refused|reset by peer)",
@@ -145,7 +152,10 @@ def _missing_package(error: ImportError) -> UserError | None:
     name = (error.name or "").partition(".")[0]
     if name in ("", "nanochat", "scripts") or not isinstance(error, ModuleNotFoundError):
         return None  # a wrong import of ours, or a package that is there and broken
-    how = f"install it: `{INSTALL[name]}`" if name in INSTALL else SETUP
+    if (ENVIRONMENT / "pyvenv.cfg").exists() and Path(sys.prefix) != ENVIRONMENT:
+        how = f"nanochat's environment is not active; `source {ENVIRONMENT}/bin/activate` does that"
+    else:
+        how = f"install it: `{INSTALL[name]}`" if name in INSTALL else SETUP
     return UserError(f"the Python package {name} is not installed in {sys.prefix}: {how}")
 
 

@@ -25,13 +25,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import tyro
 
-from nanochat import errors, rank_log
+from nanochat import errors, flag_errors, rank_log
 from nanochat.common import UserError, print0
 
 T = TypeVar("T")
@@ -53,25 +52,42 @@ def alias(*names: str) -> Any:
 def parse(args_class: type[T], argv: Sequence[str] | None = None) -> T:
     """Parses `argv` (default: the process's own).
 
-    Unknown flags end the process with a suggestion; a class with an attribute `passed_on` (no
-    field) gets them there instead, for the program that it starts. A value that cannot be is a
-    UserError. --debug is every command's and no field: run() looks for it."""
+    UserError for what it cannot be. Flags that there are not go to a class's attribute `passed_on`
+    (no field) if it has one, for the program that it starts. --debug is every command's and no
+    field: run() looks for it."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--" in words:
         words.remove("--")
-    words = [word for word in words if word != DEBUG]
-    _check_words(args_class, words)
-    prog, said = _command(args_class), _help(args_class)
+    words = [_expanded(word) for word in words if word != DEBUG]
+    command = _command(args_class)
+    if not {"-h", "--help"} & set(words):
+        flag_errors.check_words(args_class, words)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args, rest = tyro.cli(
+                args_class, prog=command, description=_help(args_class), args=words,
+                return_unknown_args=True,
+            )  # fmt: skip
+    except SystemExit as e:
+        if e.code:
+            raise flag_errors.refused(args_class, command, words, said.getvalue()) from None
+        raise  # --help
     if hasattr(args_class, "passed_on"):
-        args, rest = tyro.cli(
-            args_class, prog=prog, description=said, args=words, return_unknown_args=True
-        )
         vars(args)["passed_on"] = rest
-    else:
-        args = tyro.cli(args_class, prog=prog, description=said, args=words)
-    _check_values(args)
+    elif rest:
+        raise flag_errors.unknown(args_class, command, words, rest)
+    flag_errors.check_values(args)
     vars(args)["typed"] = words  # no field: asdict() and comparisons do not see it
     return args
+
+
+def _expanded(word: str) -> str:
+    """--out=~/x as --out ~/x would have come: bash puts the home folder in at the start of a word
+    only, and a folder named "~" is a trap."""
+    flag, _, value = word.partition("=")
+    is_path = flag.startswith("-") and (value == "~" or value.startswith("~/"))
+    return f"{flag}={os.path.expanduser(value)}" if is_path else word
 
 
 def _command(args_class: type) -> str:
@@ -92,87 +108,6 @@ def _help(args_class: type) -> str:
     return f"{said}\n\n{DEBUG} shows where an error comes from (its traceback).".strip()
 
 
-SHARES = ("warmdown_ratio", "final_lr_frac")
-# What a flag of these names may be, in whichever command; its default too, which may be -1
-LEAST = {
-    **dict.fromkeys(["num_iterations", "total_batch_size", "device_batch_size", "max_seq_len"], 1),
-    **dict.fromkeys(["max_new_tokens", "num_samples", "batch_size"], 1),
-    **dict.fromkeys(["temperature", "top_k", *SHARES], 0),
-}
-
-
-def _check_words(args_class: type, words: Sequence[str]) -> None:
-    """UserError, in one sentence, where a flag's value is not of its kind. What is wrong in other
-    ways (a flag that there is not) is left to tyro, which shows what comes closest."""
-    if {"-h", "--help"} & set(words):
-        return
-    kinds = {}  # flag as typed -> (its name, numbers it takes, words it takes)
-    hints = get_type_hints(args_class, include_extras=True)
-    for field in fields(args_class):
-        hint = hints[field.name]
-        names = [field.name]
-        for more in getattr(hint, "__metadata__", ()):
-            names += [*(getattr(more, "aliases", None) or ()), getattr(more, "name", None) or ""]
-        numbers, choices = _accepted(hint)
-        if numbers or choices:
-            kinds.update({name: (field.name, numbers, choices) for name in names if name})
-    for word, after in zip(words, [*words[1:], "--"], strict=False):
-        flag, is_whole, value = word.partition("=")
-        flag = flag[2:].replace("-", "_") if flag.startswith("--") else flag
-        value = value if is_whole else after
-        if flag not in kinds or (not is_whole and value.startswith("--")):
-            continue
-        name, numbers, choices = kinds[flag]
-        if value not in (*choices, "None") and not any(_reads(kind, value) for kind in numbers):
-            number = "a number" if float in numbers else "a whole number" if numbers else ""
-            *rest, last = [word for word in (number, *choices) if word]
-            listed = f"{', '.join(rest)} or {last}" if rest else last
-            raise UserError(f"--{name}={value} must be {listed}")
-
-
-def _accepted(hint: Any) -> tuple[list[type], list[str]]:
-    """The kinds of number and the words that a flag of this type takes; none of either where it
-    takes any text, or is a switch."""
-    if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
-    numbers: list[type] = []
-    choices: list[str] = []
-    for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]:
-        if kind in (int, float):
-            numbers.append(kind)
-        elif get_origin(kind) is Literal:
-            choices += map(str, get_args(kind))
-        elif kind is type(None):
-            continue
-        else:
-            return [], []
-    return numbers, choices
-
-
-def _reads(kind: type, value: str) -> bool:
-    try:
-        kind(value)
-    except ValueError:
-        return False
-    return True
-
-
-def _check_values(args: Any) -> None:
-    """UserError for numbers that no command could do anything with, and tags that are paths: those
-    would not be found again among the checkpoints."""
-    for field in fields(args):
-        name, value = field.name, getattr(args, field.name)
-        if name == "model_tag" and value and (value[0] == "." or set(value) & set("/\\")):
-            raise UserError(
-                f"--{name}={value} must be the name of a folder, like my-model: no path"
-            )
-        if not isinstance(value, int | float) or value == field.default:
-            continue
-        if value < LEAST.get(name, value) or (name in SHARES and value > 1):
-            least = "a share, from 0 to 1" if name in SHARES else f"at least {LEAST[name]}"
-            raise UserError(f"--{name}={value:g} must be {least}; the default is {field.default}")
-
-
 def typed(args: Any) -> list[str] | None:
     """The words of the command line that `args` were parsed from; None if they were not."""
     return vars(args).get("typed")
@@ -188,9 +123,8 @@ def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | Non
         if getattr(sys, name) is None:  # closed by whoever started us: what is said goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
-        ranks = rank_log.start(debug)
-        args = _parse_as_a_rank(args_class, argv) if ranks else parse(args_class, argv)
-        main(args)
+        rank_log.start(debug)
+        main(parse(args_class, argv))
         sys.stdout.flush()  # a full disk or a closed pipe shows here, not while Python ends
     except KeyboardInterrupt:
         print0("interrupted", file=sys.stderr)
@@ -206,18 +140,6 @@ def run(main: Callable[[T], Any], args_class: type[T], argv: Sequence[str] | Non
             rank = int(os.environ.get("RANK", "0"))
             print(errors.words(error, debug, rank or None), file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def _parse_as_a_rank(args_class: type[T], argv: Sequence[str] | None) -> T:
-    """parse(), whose refusal one of the ranks shows, not each of them."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return parse(args_class, argv)
-    except SystemExit as e:
-        if e.code:
-            rank_log.report(UserError(f"the command line\n{said.getvalue()}"))
-        raise
 
 
 @dataclass

@@ -12,11 +12,14 @@ Floor 2.5.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
+import traceback
 from collections.abc import Callable
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError
@@ -58,6 +61,8 @@ def get_reward(name: str, task: Task) -> Reward:
             f"--reward={name}: the module {module_name} cannot be imported ({e}); start from the "
             "folder that it is in, or put that folder on PYTHONPATH"
         ) from e
+    except Exception as e:  # whatever there is in a module that is not ours
+        raise UserError(f"--reward={name}: {_told(e)} while {module_name} is imported") from e
     function = getattr(module, function_name, None)
     if not callable(function):
         found = "is no function" if hasattr(module, function_name) else "does not exist"
@@ -68,7 +73,15 @@ def get_reward(name: str, task: Task) -> Reward:
         raise UserError(f"--reward={name} must take a problem and a reply: {e}") from e
     except ValueError:
         pass  # a function of C, which does not tell
-    return function
+
+    @functools.wraps(function)
+    def reward(problem: Any, reply: str) -> float:
+        try:
+            return function(problem, reply)
+        except Exception as e:
+            raise UserError(f"--reward={name}: {_told(e)}, {_case(problem, reply)}") from e
+
+    return reward
 
 
 def checked(value: Any, index: int, problem: Any, reply: str) -> float:
@@ -76,12 +89,24 @@ def checked(value: Any, index: int, problem: Any, reply: str) -> float:
     one NaN would turn every weight of the model into NaN."""
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
-    asked = [m for m in problem["messages"] if m["role"] == "user"][-1]["content"]
     raise UserError(
         f"the reward of problem {index} is {value!r}, not a finite number "
-        f"(problem: {_short(reply_text(asked))}; reply: {_short(reply)}); mend the function that "
-        "--reward names"
+        f"({_case(problem, reply)}); mend the function that --reward names"
     )
+
+
+def _case(problem: Any, reply: str) -> str:
+    asked = [m for m in problem["messages"] if m["role"] == "user"][-1]["content"]
+    return f"problem: {_short(reply_text(asked))}; reply: {_short(reply)}"
+
+
+def _told(error: Exception) -> str:
+    """A mistake in a function of the user's: --debug shows all of it."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error}"  # names file and line
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return f"{type(error).__name__}: {error} ({where}; --debug shows more)"
 
 
 def _short(text: str) -> str:

@@ -37,7 +37,7 @@ from nanochat.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN, Vocabulary
 PLAIN_BOS = ("<|begin_of_text|>", "<|endoftext|>", "<s>")
 
 QWEN_REPO = "Qwen/Qwen2.5-Coder-0.5B"  # all Qwen2.5 models share one tokenizer.json (7 MB)
-
+MOST_TOKENS = 2**21  # rustbpe's ids
 # tiktoken's regex engine overflows its stack on about a million white-space characters in a row
 MAX_SPACE_RUN = 500_000
 
@@ -93,11 +93,11 @@ class Tokenizer:
         models take their size from the tokenizer, so everything works with it."""
         import rustbpe  # a compiled module that only training needs
 
-        learned = vocab_size - len(SPECIAL_TOKENS)
-        if learned < 256:
+        learned, least = vocab_size - len(SPECIAL_TOKENS), 256 + len(SPECIAL_TOKENS)
+        if not least <= vocab_size <= MOST_TOKENS:
             raise UserError(
-                f"--vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
-                f"special tokens need at least --vocab_size={256 + len(SPECIAL_TOKENS)}"
+                f"--vocab_size={vocab_size} must be from {least} (256 bytes and "
+                f"{len(SPECIAL_TOKENS)} special tokens) to {MOST_TOKENS}"
             )
         ours = hasattr(rustbpe, "Encoder")  # PyPI's 0.1.0 takes str only, and tells no progress
         more: dict[str, Any] = {"progress": progress} if ours else {}

@@ -169,6 +169,8 @@ def validation_text(args: Args) -> list[str]:
         left -= len(documents[-1])
         if left <= 0:
             break
+    if not any(documents):
+        raise UserError(f"the validation text {files.val} is empty; name other text by --data")
     return documents
 
 

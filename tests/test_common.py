@@ -37,6 +37,11 @@ def test_base_dir_is_the_variable_or_the_cache(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "")  # set but empty: as if not set
     assert get_base_dir() == tmp_path / ".cache" / "nanochat"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/runs")  # from an .env file, no shell has seen it
+    assert get_base_dir() == tmp_path / "runs"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~nobody-of-that-name/runs")
+    with pytest.raises(UserError, match="no such home folder; set NANOCHAT_BASE_DIR"):
+        get_base_dir()
 
 
 def test_only_rank_0_speaks(

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from nanochat import flags
+from scripts import plan
 from tests.conftest import REPO
 from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, new_world, run_stage
 
@@ -63,19 +64,20 @@ SMALLER = {
     "scripts.chat_rl": [*RL_FLAGS[1:], "--num_iterations=1", "--max_new_tokens=4"],
     "scripts.chat_eval": [CPU, "-x", "4", "-m", "4"],
     "scripts.chat_cli": [CPU, "-m", "4"],
+    "scripts.plan": ["--max_seq_len=64"],
+    "nanochat.dataset": ["--workers=1"],
 }
 # Commands that are parsed here (tests/test_structure.py parses all) and not run, and why.
 ONLY_PARSED = {
     "torchrun": "takes eight GPUs; tests/test_ranks.py runs torchrun",
     "--arch=qwen2.5-0.5b": "half a billion parameters; tests/test_train.py runs a small one",
     "nanochat.dataset -n 8": "downloads; tests/test_download.py runs it against a server here",
-    "prepare": "downloads; tests/test_prepare.py runs it on files that are here",
+    "--executor=ray": "starts a cluster, which takes a while; tests/test_prepare.py does so",
     "scripts.hf_import": "downloads; tests/scripts/test_hf_import.py imports a folder",
     "--source_tag=qwen": "goes on with that download; tests/test_lora.py runs --lora_rank",
     "HumanEval": "problems are downloaded; tests/scripts/test_chat_eval.py runs it on a few",
     "bench.decode_speed": "takes minutes; tests/test_decode_speed.py runs it small",
     "scripts.chat_web": "serves until it is stopped; tests/scripts/test_chat_web.py runs it",
-    "scripts.plan": "builds large shapes, which takes a while; tests/test_budget.py runs it",
     "scripts.miniseries": "four trainings; tests/scripts/test_miniseries.py runs it small",
 }
 
@@ -98,6 +100,7 @@ def docs_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     commands add to it, chapter after chapter."""
     with new_world(tmp_path_factory) as folder, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(plan, "SIZES", ("--depth=2", "--depth=4"))  # its table takes large shapes
         shutil.copytree(folder / "task_data" / "primer-chat", folder / "task_data" / "smoltalk")
         chats = (folder / "task_data" / "primer-chat" / "train.jsonl").read_text(encoding="utf-8")
         Path("my_conversations.jsonl").write_text("\n".join(chats.splitlines()[:20]) + "\n")
@@ -134,6 +137,8 @@ def run(words: list[str]) -> None:
     except ModuleNotFoundError:
         module = importlib.import_module(name)
     smaller = SMALLER.get(name, [])
+    if name == "scripts.plan" and any(word.startswith("--depth=") for word in argv):
+        smaller = [*smaller, "--depth=4"]
     if name == "scripts.base_train":  # a run keeps the name that its depth would give it
         depth = next((word for word in argv if word.startswith("--depth=")), "--depth=20")
         arch = "turbo-" * ("--arch=turbo" in argv)

@@ -34,12 +34,14 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "number = 5\n"
         "def short(problem, reply): return -len(reply)\n"
         "def one(reply): return 1\n"
+        "def grumpy(problem, reply): return problem['expect']\n"
         "class Grader:\n"
         "    def __call__(self, problem, reply, strict=True): return 2\n"
         "grader = Grader()\n",
         encoding="utf-8",
     )
     (tmp_path / "broken_rewards.py").write_text("import nothing_of_that_name\n", encoding="utf-8")
+    (tmp_path / "wrong_rewards.py").write_text("def short(:\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
     sys.modules.pop("some_rewards", None)
@@ -62,6 +64,7 @@ def test_of_a_module_on_the_path(own: Path) -> None:
         ("./some_rewards.py:short", "not of the form"),
         ("no_such_rewards:short", "no_such_rewards cannot be imported .*PYTHONPATH"),
         ("broken_rewards:short", "broken_rewards cannot be imported .*nothing_of_that_name"),
+        ("wrong_rewards:short", r"SyntaxError: .*wrong_rewards\.py, line 1.* is imported"),
         ("some_rewards:long", "long does not exist in .*some_rewards.py"),
         ("some_rewards:number", "number is no function"),
         ("some_rewards:one", "must take a problem and a reply"),
@@ -70,6 +73,12 @@ def test_of_a_module_on_the_path(own: Path) -> None:
 def test_what_cannot_be_had_is_named(own: Path, name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         get_reward(name, TASK)
+
+
+def test_a_mistake_in_a_function_of_the_users_is_theirs(own: Path) -> None:
+    said = r"some_rewards:grumpy: KeyError: 'expect' \(some_rewards\.py:\d+; .*reply: 'five'"
+    with pytest.raises(UserError, match=said):
+        get_reward("some_rewards:grumpy", TASK)(PROBLEM, "five")
 
 
 @pytest.mark.parametrize("value", [1, 0.5, -3, True, np.float32(0.5), np.float64(2), np.int64(3)])

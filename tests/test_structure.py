@@ -30,6 +30,7 @@ FLOORS = {
     **dict.fromkeys(
         ["conversation", "download", "execution", "execution_child", "launch", "progress"], 0.5
     ),
+    "flag_errors": 0.5,
     "errors": 0.25,
     "rank_log": 0.5,
     "flags": 0.75,

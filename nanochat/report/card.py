@@ -47,19 +47,22 @@ def write_report(
     tests = evaluation_section(core_rows(base, runs, model_tag) + chat, runs, model_tag)
     panels = run_panels(runs)
     curves = ["## Curves", "", f"![curves of the stages]({PICTURE})", ""] if panels else []
+    tokenizer = tokenizer_section(trained, read_rows(folder / "tok_eval.jsonl"))
     sections = [
         tests,
         curves,
         conversations(folder, runs, current(chat, runs, model_tag)),
-        tokenizer_section(trained, read_rows(folder / "tok_eval.jsonl")),
+        tokenizer,
         ["## Stages", ""] if runs else [],
         *(stage_section(run) for run in runs),
         base_section(base, runs, model_tag),
     ]
+    if model_tag and not any(section for section in sections if section is not tokenizer):
+        there = f"the runs there are: {', '.join(others)}" if others else "there is no run at all"
+        raise UserError(f"{folder} holds no metrics of --model_tag={model_tag}; {there}")
     if not any(sections):
-        which = f" of --model_tag={model_tag}" if model_tag else ""
         raise UserError(
-            f"{folder} holds no metrics{which}; train something first, for example with "
+            f"{folder} holds no metrics; train something first, for example with "
             "`bash speedrun.sh`, or point NANOCHAT_BASE_DIR at the folder of a run"
         )
     results = newest_rows(base + chat, runs, model_tag)

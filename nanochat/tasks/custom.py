@@ -160,9 +160,14 @@ def find_files(name: str, split: str) -> list[Path]:
             return files
         there = ", ".join(sorted(p.name for p in place.iterdir())[:8]) or "nothing"
         raise UserError(f"{place} has no {split}.jsonl or {split}.parquet; there is: {there}")
+    hint = ""
+    if re.search("[,; ]", name):
+        hint = "; several are joined by |"
+    elif re.search("[@*]", name):
+        hint = "; rows and epochs are whole numbers, as in smoltalk@5000*2"
     raise UserError(
         f"no task {name!r}: known are {', '.join(REGISTRY)}, and there is neither a file or folder "
-        f"{places[0]} nor {places[1]}"
+        f"{places[0]} nor {places[1]}{hint}"
     )
 
 

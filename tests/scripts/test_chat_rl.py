@@ -125,7 +125,7 @@ def test_several_steps_on_the_same_replies(base: Path, monkeypatch: pytest.Monke
         ("--examples_per_step=0", "--examples_per_step=0 must be at least 1"),
         ("--inner_steps=7", "--num_iterations=2 is no multiple of --inner_steps=7"),
         ("--clip=1.5", r"--clip=1.5 must be in \[0, 1\)"),
-        ("--kl=-1", "--kl=-1.0 at least 0"),
+        ("--kl=-1", "--kl=-1 must be 0 or more"),
     ],
 )
 def test_what_is_refused(base: Path, flag: str, said: str) -> None:

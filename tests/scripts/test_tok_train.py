@@ -223,7 +223,7 @@ def test_own_data_of_one_file_keeps_its_validation_part_out(base: Path, tmp_path
     [
         (Args(max_chars=0), "--max_chars=0"),
         (Args(doc_cap=-1), "--doc_cap=-1"),
-        (Args(vocab_size=100), "--vocab_size=100 is too small"),
+        (Args(vocab_size=100), "--vocab_size=100 must be from 265"),
         (Args(data="nowhere"), "no text files in nowhere"),
     ],
 )
