@@ -171,8 +171,8 @@ def test_what_means_nothing_is_refused_by_name(field: str, value: object) -> Non
 
 
 def test_the_order_among_equals_does_not_depend_on_the_other_rows() -> None:
-    """A row whose nucleus is small goes through topk, which orders ties in its own way; beside a row
-    whose nucleus is nearly everything it must choose the same."""
+    """A row whose nucleus is small goes through topk, which orders ties in its own way; it must
+    choose the same beside a row whose nucleus is nearly everything."""
     equal = torch.zeros(1, 3000)
     equal[0, ::3] = 5.0  # a thousand likeliest tokens
     rows = [Sampling(top_p=0.5), Sampling(top_p=0.999)]
