@@ -8,7 +8,7 @@ E width of a head, V vocabulary, S cached positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -197,16 +197,26 @@ def token_losses(
     return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
 
 
-def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def large_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    after: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """F.linear for inference: (..., in), (out, in) -> (..., out). With some dozen rows and a matrix
-    larger than a core's cache, MKL takes two thirds of the time if the matrix is the left one."""
-    usual = weight.device.type != "cpu" or weight.dtype != torch.float32
-    if usual or weight.nbytes <= LARGE_BYTES:
-        return F.linear(x, weight, bias)
+    larger than a core's cache, MKL takes two thirds of the time if the matrix is the left one.
+    `after`: what becomes of each number then, without a bias."""
     rows = x.reshape(-1, x.size(-1))  # (R, in)
-    if not LEFT_ROWS[0] <= rows.size(0) <= LEFT_ROWS[1]:
-        return F.linear(x, weight, bias)
-    y = (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
+    usual = weight.device.type != "cpu" or weight.dtype != torch.float32
+    if usual or weight.nbytes <= LARGE_BYTES or not LEFT_ROWS[0] <= rows.size(0) <= LEFT_ROWS[1]:
+        y = F.linear(x, weight, bias)
+        return y if after is None else after(y)
+    y = weight @ rows.t()  # (out, R)
+    if after is not None:
+        # While it lies like this: a compiled program would turn it round first, and then share it
+        # among the cores by its rows, which are too few. as_strided keeps the two apart.
+        y = after(y).as_strided(y.size(), y.stride())
+    y = y.t().contiguous().view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -214,12 +224,20 @@ def lm_logits(x: Tensor, head: Tensor, softcap: float = 0.0) -> Tensor:
     """Logits in float32, softly capped to +-softcap if it is set: (..., D) -> (..., V).
 
     The cap is taken in float32: tanh in bfloat16 loses the differences that decide."""
-    logits = (F.linear if torch.is_grad_enabled() else large_product)(x, head).float()
-    if not softcap:
-        return logits
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return softcap * torch.tanh(logits / softcap)
-    return logits.div_(softcap).tanh_().mul_(softcap)  # in place: in decoding memory is the time
+
+    def capped(logits: Tensor) -> Tensor:
+        logits = logits.float()
+        if not softcap:
+            return logits
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return softcap * torch.tanh(logits / softcap)
+        return (
+            logits.div_(softcap).tanh_().mul_(softcap)
+        )  # in place: in decoding memory is the time
+
+    if torch.is_grad_enabled():
+        return capped(F.linear(x, head))
+    return large_product(x, head, after=capped)
 
 
 def matmul_flops_per_token(
