@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import bpe_table, learning_trials, speedrun_cpu
+from bench import bpe_table, finetune_rates, learning_trials, speedrun_cpu
 from bench import learning as learning_bench
 from nanochat import flags
 from nanochat.budget import share_of_peak
@@ -244,6 +244,14 @@ def trials() -> str:
     return learning_trials.table(load("learning_trials"))
 
 
+def rates() -> str:
+    return finetune_rates.rates_table(load("finetune_rates"))
+
+
+def identities() -> str:
+    return finetune_rates.identity_table(load("finetune_rates"))
+
+
 def prepare() -> str:
     flags = PrepareArgs()
     return f"```\n{estimate(flags.cores, flags.core_hour_price)}\n```"
@@ -297,6 +305,8 @@ PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
     ("bench/LEARNING.md", "learned"): learned,
     ("bench/LEARNING.md", "trials"): trials,
     ("docs/03-data.md", "prepare"): prepare,
+    ("docs/06-finetuning.md", "rates"): rates,
+    ("docs/identity.md", "identities"): identities,
     ("docs/many_machines.md", "two nodes"): two_nodes,
 }
 

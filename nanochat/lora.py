@@ -41,8 +41,9 @@ class LoraFlags:
     are usual), for less memory; 0: train all weights."""
     lora_alpha: float = 32.0
     """LoRA's matrices count alpha / rank times."""
-    lora_lr: float = 2e-4
-    """AdamW learning rate of LoRA's matrices at its peak, whatever --init_lr_frac says."""
+    lora_lr: float = 5e-4
+    """AdamW learning rate of LoRA's matrices at its peak, whatever --init_lr_frac says. Narrow
+    models bear more (docs/06-finetuning.md)."""
 
 
 class LoraLinear(nn.Linear):

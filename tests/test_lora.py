@@ -15,7 +15,15 @@ from nanochat.checkpoint import list_steps, load_model, read_meta, step_dir
 from nanochat.common import UserError, read_jsonl
 from nanochat.engine import Engine
 from nanochat.flags import TrainFlags
-from nanochat.lora import LoraLinear, adapt, add_lora, has_lora, lora_optimizer, merged_rows
+from nanochat.lora import (
+    LoraFlags,
+    LoraLinear,
+    adapt,
+    add_lora,
+    has_lora,
+    lora_optimizer,
+    merged_rows,
+)
 from nanochat.plan import Planner, Setup
 from nanochat.recompute import blocks_of, recompute
 from tests.models_for_tests import TINY, tiny_model, tokens_of
@@ -226,6 +234,13 @@ def test_another_rank_or_none_cannot_resume(base: Path) -> None:
         with pytest.raises(UserError, match=f"its {flag.split('=')[0]} was"):
             run_stage("mid_train", *argv, flag, "--resume")
     assert read_meta(step_dir("mid", "strict", list_steps("mid", "strict")[-1]))["step"] == 2
+
+
+@pytest.mark.parametrize("width", [896, 1536, 2048, 3584])
+def test_the_default_rate_is_the_published_one_for_models_of_these_widths(width: int) -> None:
+    """Those of Qwen2.5, by the rule that docs/06-finetuning.md cites; it is for alpha 32."""
+    assert LoraFlags.lora_alpha == 32
+    assert LoraFlags.lora_lr == pytest.approx(5e-4 * (2000 / width) ** 0.0775, rel=0.1)
 
 
 @pytest.mark.gpu
