@@ -56,7 +56,8 @@ class KVCache:
     def positions(self, T: int) -> Tensor:
         """(B, T): where the next T tokens of each row stand."""
         if T not in self._positions:
-            lengths = int64(self.lengths, self.device)
+            # Not int64(): torch.compile would make constants of NumPy's numbers
+            lengths = torch.tensor(self.lengths, device=self.device)
             self._positions[T] = lengths[:, None] + torch.arange(T, device=self.device)
         return self._positions[T]
 

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from nanochat.common import UserError
 from nanochat.int8 import quantize_linears
-from nanochat.models.layers import LARGE_BYTES, large_product
+from nanochat.models.layers import large_product
+
+LARGE_BYTES = 2 * 2**20, 8 * 2**20  # about a core's own cache, and what pays to turn round
 
 # Children of a module that read the same input.
 TOGETHER = (("c_q", "c_k", "c_v"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -62,15 +64,15 @@ class LargeLinear(nn.Linear):
 
 
 def _arrange(linear: nn.Linear) -> None:
-    """Makes a layer's product with a few rows fast: on a CPU, with MKL in float32. Small matrices
-    are stored by columns: a product with 16 rows then takes three quarters of the time, and one
-    with a single row the same; but of matrices that outgrow the core's cache, a third more. Those
-    stay as they are and become a LargeLinear."""
-    if linear.weight.device.type != "cpu":
+    """Makes a layer's product with a few rows fast: on a CPU, with MKL in float32, as measured by
+    bench/products.py. Matrices that fit into a core's cache are stored by columns; those some times
+    as large become a LargeLinear; the largest are read as they are, whatever one does."""
+    weight = linear.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return
-    if linear.weight.nbytes <= LARGE_BYTES:
-        linear.weight = nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
-    else:
+    if weight.nbytes <= LARGE_BYTES[0]:
+        linear.weight = nn.Parameter(weight.t().contiguous().t(), requires_grad=False)
+    elif weight.nbytes <= LARGE_BYTES[1]:
         linear.__class__ = LargeLinear
 
 

@@ -8,7 +8,7 @@ E width of a head, V vocabulary, S cached positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from nanochat.models.attention import attend
 from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
 
-LARGE_BYTES = 2 * 2**20  # about what the second cache of a core holds
 LEFT_ROWS = 12, 48  # fewest and most with which large_product puts the matrix on the left
 
 
@@ -197,26 +196,13 @@ def token_losses(
     return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
 
 
-def large_product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    after: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear for inference: (..., in), (out, in) -> (..., out). With some dozen rows and a matrix
-    larger than a core's cache, MKL takes two thirds of the time if the matrix is the left one.
-    `after`: what becomes of each number then, without a bias."""
+    that outgrows a core's cache, MKL is faster if the matrix is the left one: bench/products.py."""
     rows = x.reshape(-1, x.size(-1))  # (R, in)
-    usual = weight.device.type != "cpu" or weight.dtype != torch.float32
-    if usual or weight.nbytes <= LARGE_BYTES or not LEFT_ROWS[0] <= rows.size(0) <= LEFT_ROWS[1]:
-        y = F.linear(x, weight, bias)
-        return y if after is None else after(y)
-    y = weight @ rows.t()  # (out, R)
-    if after is not None:
-        # While it lies like this: a compiled program would turn it round first, and then share it
-        # among the cores by its rows, which are too few. as_strided keeps the two apart.
-        y = after(y).as_strided(y.size(), y.stride())
-    y = y.t().contiguous().view(*x.shape[:-1], -1)
+    if not LEFT_ROWS[0] <= rows.size(0) <= LEFT_ROWS[1]:
+        return F.linear(x, weight, bias)
+    y = (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -224,20 +210,12 @@ def lm_logits(x: Tensor, head: Tensor, softcap: float = 0.0) -> Tensor:
     """Logits in float32, softly capped to +-softcap if it is set: (..., D) -> (..., V).
 
     The cap is taken in float32: tanh in bfloat16 loses the differences that decide."""
-
-    def capped(logits: Tensor) -> Tensor:
-        logits = logits.float()
-        if not softcap:
-            return logits
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return softcap * torch.tanh(logits / softcap)
-        return (
-            logits.div_(softcap).tanh_().mul_(softcap)
-        )  # in place: in decoding memory is the time
-
-    if torch.is_grad_enabled():
-        return capped(F.linear(x, head))
-    return large_product(x, head, after=capped)
+    logits = F.linear(x, head).float()
+    if not softcap:
+        return logits
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return softcap * torch.tanh(logits / softcap)
+    return logits.div_(softcap).tanh_().mul_(softcap)  # in place: in decoding memory is the time
 
 
 def matmul_flops_per_token(

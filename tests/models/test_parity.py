@@ -137,6 +137,7 @@ def test_decoding_prompts_of_many_lengths(arch: str, changes: dict[str, Any]) ->
 def test_torch_compile_takes_decoding_whole(arch: str) -> None:
     """fullgraph: a graph break anywhere is an error. A step is not compiled for its position: else
     every token would be."""
+    torch._dynamo.reset()  # programs of other tests count as this one's
     model = tiny_model(arch, n_layer=1, sequence_len=64)
     idx = tokens_of(model, 2, 24)
     graphs: list[Any] = []

@@ -131,6 +131,7 @@ def test_param_groups_hold_every_parameter_once(config: Any) -> None:
 @every_config
 def test_torch_compile_takes_the_model_whole(config: Any) -> None:
     """fullgraph: a graph break anywhere is an error. The eager back end needs no C++ compiler."""
+    torch._dynamo.reset()  # programs of other tests count as this one's
     model = randomise(build_model(config, seed=0))
     tokens = tokens_of(model, 2, 17)
     idx, targets = tokens[:, :-1], tokens[:, 1:].clone()
