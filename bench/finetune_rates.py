@@ -17,7 +17,6 @@ of one seed come first, so that a queue that is broken off has something to say.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,12 +31,13 @@ from bench import surroundings
 from bench.bpe_common import RESULTS
 from nanochat import flags
 from nanochat.checkpoint import LOG, list_tags, load_model, stage_dir
-from nanochat.common import UserError, atomic_write, print0, read_json, read_jsonl, write_json
+from nanochat.common import UserError, print0, read_json, read_jsonl, write_json
 from nanochat.conversation_source import ConversationSource
 from nanochat.dataloader import RowReader, eval_batches
 from nanochat.engine import Engine
 from nanochat.evals.bpb import evaluate_loss
 from nanochat.evals.chat import run_chat_eval
+from nanochat.evals.items import write_jsonl
 from nanochat.reply import split_reply
 from nanochat.rollout import Rollouts, sample_rollouts
 from nanochat.tasks import identity
@@ -205,12 +205,7 @@ def write_identity(work: Path) -> None:
     of = identity.Description(name=NAME)
     for split, size in identity.SIZES.items():
         rows = identity.generate(of, split, size)
-        write_rows(work / NAME.lower() / f"{split}.jsonl", rows)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with atomic_write(path, "w") as file:
-        file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        write_jsonl(work / NAME.lower() / f"{split}.jsonl", rows)
 
 
 def write_pairs(work: Path) -> None:
@@ -232,7 +227,7 @@ def write_pairs(work: Path) -> None:
             pairs += [
                 pair(tokenizer, task[problems[i]], found, i) for i in found.useful.nonzero()[0]
             ]
-        write_rows(work / "pairs" / f"{split}.jsonl", pairs)
+        write_jsonl(work / "pairs" / f"{split}.jsonl", pairs)
         print0(f"{len(pairs):,} pairs of {GOAL}, {split}")
 
 
