@@ -57,7 +57,9 @@ class Step:
             # model's time
             self.decode = torch.compile(_copied(decode), options={"guard_filter_fn": _of_inputs})
         self.traced = compile == "traced"
-        self.proven: set[int] = set()  # numbers of rows with which it said what the plain one says
+        # Numbers of rows with which it said what the plain one says, and the size of the rotary
+        # table then: a larger one is another tensor, for which a program is made anew
+        self.proven: set[tuple[int, int]] = set()
         self._memory = Memory([], None, torch.empty(0))
         self._held: list[Any] = []  # the cache's memory that it shows
         self._room = 0  # positions that there is memory for
@@ -70,7 +72,7 @@ class Step:
         layers, ids, places, _ = self.prepare(cache, R)
         # What no row has reached need not be read
         memory = Memory(layers, ids, places[:end], alone=R == 1)
-        if self.traced and R not in self.proven:
+        if self.traced and self._case(R) not in self.proven:
             torch._dynamo.maybe_mark_dynamic(memory.places, 0)
         return self.run(idx, int64(cache.lengths, idx.device), memory)
 
@@ -95,8 +97,11 @@ class Step:
                 torch._dynamo.maybe_mark_dynamic(ids, 1)
         return Memory(layers, ids, torch.arange(size, device=cache.device))
 
+    def _case(self, rows: int) -> tuple[int, int]:
+        return rows, self.model.rotary.cos.size(0)
+
     def run(self, idx: Tensor, at: Tensor, memory: Memory) -> Tensor:
-        if self.decode is not decode and idx.size(0) not in self.proven:
+        if self.decode is not decode and self._case(idx.size(0)) not in self.proven:
             self._prove(idx, at, memory)
         return self.decode(self.model, idx, at, memory)
 
@@ -111,7 +116,7 @@ class Step:
         except Exception as e:  # a missing compiler, or one that fails: of any kind
             lines = str(e).strip().splitlines()
             problem = f"{type(e).__name__}: {lines[0][:200] if lines else ''}"
-        self.proven.add(idx.size(0))
+        self.proven.add(self._case(idx.size(0)))
         if problem:
             self.decode, self.traced = decode, False
             warn0(f"the step of decoding is not compiled: {problem}")

@@ -82,6 +82,22 @@ def test_a_table_that_grows_makes_new_programs(interpreted: list[tuple[int, int]
     assert len(interpreted) > 1
 
 
+def test_a_program_that_a_grown_table_needs_may_fail_too(
+    interpreted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step goes on plainly, as it does when the first one fails."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no space left")
+
+    model = tiny_model("gpt", n_layer=1)
+    step = Step(model)
+    follows(model, step, 2, end=16)
+    monkeypatch.setattr(step_program, "_program", broken)
+    with pytest.raises(AssertionError, match="plainly"):
+        follows(model, step, 2, end=36)
+
+
 def name_of(model: Any, rows: tuple[int, int] = (2, 11)) -> str:
     cache = KVCache(model.config.n_layer, batch=2)
     with torch.no_grad():
