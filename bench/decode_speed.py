@@ -62,6 +62,9 @@ class Args:
     """Length of the prompts."""
     new_tokens: int = 128
     """Length of the replies."""
+    weights: list[str] = field(default_factory=lambda: ["bfloat16", "float32"])
+    """What the exported weights are: scripts.hf_export writes bfloat16 unless told otherwise. On a
+    CPU both engines compute in float32."""
     batches: list[int] = field(default_factory=lambda: [1, 16])
     """Rows that are written at once."""
     rounds: int = 5
@@ -84,7 +87,9 @@ def tokenizer_of(vocab_size: int) -> Tokenizer:
     return Tokenizer.train((p.read_text(encoding="utf-8") for p in paths), vocab_size)
 
 
-def random_model(arch: str, depth: int, args: Args, vocab_size: int, device: torch.device) -> Any:
+def random_model(
+    arch: str, depth: int, args: Args, vocab_size: int, device: torch.device, weights: str
+) -> Any:
     """A model in which every parameter matters: none is zero or one."""
     length = max(1024, args.prompt_tokens + args.new_tokens)
     config, _ = make_config(arch, depth, vocab_size, length)
@@ -92,6 +97,8 @@ def random_model(arch: str, depth: int, args: Args, vocab_size: int, device: tor
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn(p.shape, device=device)
+            if weights == "bfloat16":
+                p.copy_(p.bfloat16())
     return model
 
 
@@ -156,15 +163,14 @@ def products_of(model: Any, batch: int, new_tokens: int) -> Callable[[Any], list
 
 
 def compare(
-    arch: str, depth: int, args: Args, tokenizer: Tokenizer, folder: Path
+    arch: str, depth: int, weights: str, args: Args, tokenizer: Tokenizer, folder: Path
 ) -> list[dict[str, Any]]:
     """A line for each batch size and step of one model."""
     device = torch.device(args.device_type)
-    model = random_model(arch, depth, args, tokenizer.get_vocab_size(), device)
+    model = random_model(arch, depth, args, tokenizer.get_vocab_size(), device, weights)
     peer = None
     if args.peer:
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-        export_model(folder, model, tokenizer, chat=True, card="", dtype=dtype)
+        export_model(folder, model, tokenizer, chat=True, card="", dtype=weights)
         peer = peer_of(folder, device)
     ready = make_ready(model, torch.bfloat16 if device.type == "cuda" else None)
     engines = {}
@@ -192,6 +198,7 @@ def compare(
                 "arch": arch,
                 "depth": depth,
                 "vocab_size": tokenizer.get_vocab_size(),
+                "weights": weights,
                 "batch": batch,
                 "step": step,
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -238,7 +245,7 @@ def int8_quality(arch: str, depth: int, args: Args, tokenizer: Tokenizer) -> dic
     size = int(torch.as_tensor(tokenizer.token_bytes)[rows[:, 1:].cpu()].sum())
     bits = {}
     for name in ("none", "int8"):
-        ready = make_ready(model, quantize=name)
+        ready = make_ready(model, quantize=name, pack=False)  # what is packed has no losses
         with torch.inference_mode():
             nats = sum(float(ready(r[:, :-1], r[:, 1:], reduction="sum")) for r in rows.split(20))
         bits[name] = nats / size / math.log(2)
@@ -271,8 +278,10 @@ def main(args: Args) -> None:
     models = [("gpt", *size) for size in sizes] + [("qwen2.5", *size) for size in sizes]
     rows: list[dict[str, Any]] = []
     for arch, depth, vocab_size in [(args.size, 0, 8192)] if args.size else models:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += compare(arch, depth, args, tokenizer(vocab_size), Path(folder) / "model")
+        for weights in args.weights:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "model"
+                rows += compare(arch, depth, weights, args, tokenizer(vocab_size), out)
     quality = [
         int8_quality(arch, 4, args, tokenizer(8192))
         for arch in (ARCHITECTURES if args.quality_steps else ())

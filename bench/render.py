@@ -99,10 +99,8 @@ def learning(result: Result) -> Row:
 
 
 def decoding(depth: int, result: Result) -> Row:
-    rows = [
-        find(result["rows"], arch="gpt", depth=depth, step="compiled", batch=batch)
-        for batch in (1, 16)
-    ]
+    asked = {"arch": "gpt", "depth": depth, "step": "compiled", "weights": "bfloat16"}
+    rows = [find(result["rows"], **asked, batch=batch) for batch in (1, 16)]
     ours, theirs = (
         " and ".join(f"{row[f'{who}_tokens_per_second']:,.0f}" for row in rows)
         for who in ("ours", "transformers")
@@ -163,6 +161,7 @@ PERFORMANCE: list[tuple[str, Callable[[Result], Row]]] = [
     ("learning", learning),
     ("decode_speed", partial(decoding, 3)),
     ("decode_speed", partial(decoding, 4)),
+    ("decode_speed", partial(decoding, 8)),
     ("core_speed", core_speed),
     ("rl_speed", rl_speed),
     ("memory", memory),

@@ -6,10 +6,11 @@ A model made ready to serve: the same numbers with less work between them.
 
 A copy of a plain model, in the dtype it computes in, cast once; the model itself is left as it is.
 Layers that read the same input become one product (queries, keys and values; gate and up). On a CPU
-small weights are laid out in memory as the product with a few rows reads them fastest, and large
-ones multiplied from the side that suits the number of rows. Optionally the weights of the blocks
-are kept as 8-bit integers (int8.py). A pass over modules, as in gpt-fast: no architecture is named
-here. Floor 2.
+with a compiler matrices are packed in the order in which our own products read them
+(cpu_kernels.py), in 16 bits where that changes nothing: what was imported or trained in bfloat16
+takes half of the memory, and half of the time, as it is. Optionally weights are rounded: to
+bfloat16, or those of the blocks to 8-bit integers (int8.py). A pass over modules, as in gpt-fast:
+no architecture is named here. Floor 2.
 """
 
 from __future__ import annotations
@@ -20,60 +21,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanochat.common import UserError
-from nanochat.int8 import quantize_linears
-from nanochat.models.layers import large_product
+from nanochat import cpu_kernels
+from nanochat.common import UserError, warn0
+from nanochat.cpu_kernels import PackedLinear
+from nanochat.int8 import is_quantized, quantize_linears
 
-LARGE_BYTES = 2 * 2**20, 8 * 2**20  # about a core's own cache, and what pays to turn round
+QUANTIZE = "none", "bfloat16", "int8"
 
 # Children of a module that read the same input.
 TOGETHER = (("c_q", "c_k", "c_v"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def make_ready(model: Any, dtype: torch.dtype | None = None, quantize: str = "none") -> Any:
-    """A copy of the model for inference, in `dtype` (None: its own). UserError if `quantize` is
-    neither "none" nor "int8"."""
-    if quantize not in ("none", "int8"):
-        raise UserError(f"--quantize={quantize} is not known; choose none or int8")
+def make_ready(
+    model: Any, dtype: torch.dtype | None = None, quantize: str = "none", pack: bool = True
+) -> Any:
+    """A copy of the model for inference, in `dtype` (None: its own). It has no losses any more
+    where matrices are packed, which `pack` allows on a CPU. UserError if `quantize` is none of
+    QUANTIZE, or not to be had here."""
+    if quantize not in QUANTIZE:
+        raise UserError(f"--quantize={quantize} is not known; choose {', '.join(QUANTIZE)}")
     ready = copy.deepcopy(model).eval().requires_grad_(False)
     if dtype is not None:
         rotary = ready.rotary  # its angles stay in float32
         tables = rotary.cos, rotary.sin
         ready.to(dtype)
         rotary.cos, rotary.sin = tables
-    if quantize == "int8":
+    pack = pack and _can_pack(ready)
+    if quantize == "bfloat16" and not pack:
+        raise UserError(
+            "--quantize=bfloat16 holds the weights of a model that computes in float32 on a CPU, "
+            "and needs a C++ compiler; elsewhere use --dtype=bfloat16"
+        )
+    if quantize == "int8" and not pack:
         quantize_linears(ready)
-    done: set[nn.Module] = set()
+    parts: set[nn.Module] = set()
     for module in ready.modules():
         for names in TOGETHER:
             linears: list[Any] = [getattr(module, name, None) for name in names]
             if all(type(linear) is nn.Linear for linear in linears):
                 _join(linears)
-                done.update(linears)
-    for module in ready.modules():
-        if type(module) is nn.Linear and module not in done:
-            _arrange(module)
+                parts.update(linears)
+    if pack:
+        _pack(ready, parts, quantize)
     return ready
-
-
-class LargeLinear(nn.Linear):
-    """A linear layer whose matrix is large, see layers.large_product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return large_product(x, self.weight, self.bias)
-
-
-def _arrange(linear: nn.Linear) -> None:
-    """Makes a layer's product with a few rows fast: on a CPU, with MKL in float32, as measured by
-    bench/products.py. Matrices that fit into a core's cache are stored by columns; those some times
-    as large become a LargeLinear; the largest are read as they are, whatever one does."""
-    weight = linear.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return
-    if weight.nbytes <= LARGE_BYTES[0]:
-        linear.weight = nn.Parameter(weight.t().contiguous().t(), requires_grad=False)
-    elif weight.nbytes <= LARGE_BYTES[1]:
-        linear.__class__ = LargeLinear
 
 
 def _join(linears: list[Any]) -> None:
@@ -83,7 +73,6 @@ def _join(linears: list[Any]) -> None:
     joined.out_features = sum(linear.out_features for linear in linears)
     weight = torch.cat([linear.weight for linear in linears])
     joined.weight = nn.Parameter(weight, requires_grad=False)
-    _arrange(joined)
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias for linear in linears])
         joined.bias = nn.Parameter(bias, requires_grad=False)
@@ -96,3 +85,42 @@ def _join(linears: list[Any]) -> None:
         start = end
     # Not as a child: the model's parameters stay those that its checkpoint names.
     linears[0].__dict__["joined"] = joined
+
+
+# ---- matrices as a CPU reads them
+
+
+def _can_pack(model: Any) -> bool:
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        return False
+    problem = cpu_kernels.problem()
+    if problem:
+        warn0(f"decoding is slower than it could be: {problem}")
+    return not problem
+
+
+def _pack(model: Any, parts: set[nn.Module], quantize: str) -> None:
+    """Replaces linear layers, joined ones and a tied head by packed ones, in place. `parts`: of
+    joined layers."""
+    inner = set(next(m for m in model.modules() if isinstance(m, nn.ModuleList)).modules())
+    outside = "none" if quantize == "int8" else quantize  # int8 is for the blocks
+    if model.lm_head is None:  # tied: the embedding is read by rows, as the head it is packed
+        model.lm_head = _packed(model.head_weight, None, outside)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            wanted = quantize if child in inner else outside
+            if "joined" in vars(child):
+                joined = vars(child)["joined"]
+                vars(child)["joined"] = _packed(joined.weight, joined.bias, wanted)
+            if child in parts:
+                child._parameters.clear()  # only its size is asked for
+            elif is_quantized(child):
+                setattr(module, name, _packed(child.weight, child.bias, wanted))
+
+
+def _packed(weight: Tensor, bias: Tensor | None, quantize: str) -> PackedLinear:
+    if quantize == "int8":
+        return PackedLinear(weight, bias, torch.int8)
+    exact = quantize == "bfloat16" or torch.equal(weight.bfloat16().float(), weight)
+    return PackedLinear(weight, bias, torch.bfloat16 if exact else torch.float32)

@@ -22,13 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanochat import cpu_kernels
 from nanochat.common import print0
 from nanochat.fixed_memory import Memory, decode
-from nanochat.models.layers import LEFT_ROWS
 
-# Rows that share a program: a single one has no mask, and the others multiply large matrices from
-# one side or from the other (layers.large_product).
-RANGES = ((1, 1), (2, LEFT_ROWS[0] - 1), LEFT_ROWS, (LEFT_ROWS[1] + 1, 2**16))
+RANGES = ((1, 1), (2, 2**16))  # rows that share a program: a single one has no mask
 CONSTANTS = 64  # numbers in a tensor that may become part of a program; torch 2.15 takes up to 8
 
 
@@ -93,7 +91,7 @@ def _program(
 ) -> tuple[Callable[[list[Tensor]], list[Tensor]], Any]:
     """(what runs it on the tensors of its arguments, what must live as long)."""
     weights = {**exported.state_dict, **exported.constants}
-    path = _folder() / f"{_name(exported, weights)}.pt2"
+    path = cpu_kernels.folder() / f"{_name(exported, weights)}.pt2"
     if not path.is_file():
         print0(f"decoding: compiling the step for {_said(rows)}; it is kept for the next start")
         _compile(exported, path)
@@ -132,13 +130,6 @@ def _export(model: Any, rows: tuple[int, int], memory: Memory) -> Any:
     return torch.export.export(Decode(model), example, dynamic_shapes=dynamic, strict=False)
 
 
-def _folder() -> Path:
-    """Where torch keeps what it has compiled for this machine."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "nanochat"
-
-
 def _name(exported: Any, weights: dict[str, Tensor]) -> str:
     """A name for what is computed, on which kind of weights, by which torch."""
     said: list[Any] = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
@@ -157,6 +148,9 @@ def _compile(exported: Any, path: Path) -> None:
         made = torch._inductor.aoti_compile_and_package(
             exported,
             package_path=f"{folder}/step.pt2",
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
+            inductor_configs={
+                "aot_inductor.package_constants_in_so": False,
+                "aot_inductor.custom_ops_to_c_shims": cpu_kernels.shims(),
+            },
         )
         os.replace(made, path)

@@ -13,7 +13,7 @@ def test_both_write_the_same_tokens(tmp_path: Path) -> None:
     pytest.importorskip("transformers", minversion="5.0")
     args = Args(prompt_tokens=5, new_tokens=6, rounds=2, steps=["plain"])
     args.batches = [1, 3]
-    rows = compare("qwen2.5", 1, args, tokenizer_of(400), tmp_path)
+    rows = compare("qwen2.5", 1, "bfloat16", args, tokenizer_of(400), tmp_path)
     assert [row["batch"] for row in rows] == [1, 3]
     for row in rows:
         assert row["equal_tokens"] == 1.0

@@ -4,12 +4,16 @@ A model made ready to serve says what the model says, and leaves it as it was.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanochat import cpu_kernels
 from nanochat.common import UserError
+from nanochat.cpu_kernels import PackedLinear
 from nanochat.engine import Engine
 from nanochat.int8 import Int8Linear, quantize_linears
 from nanochat.models import layers
@@ -26,7 +30,7 @@ every_architecture = pytest.mark.parametrize("arch", TINY)
 def test_the_same_logits_under_the_same_names(arch: str) -> None:
     model = tiny_model(arch)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    ready = make_ready(model)
+    ready = make_ready(model, pack=False)
     idx = tokens_of(model, 2, 40)
     assert_close(ready(idx), model(idx))
     assert_pieces_are_the_whole(ready, [5, 1, 1, 30, 1])
@@ -41,23 +45,11 @@ def test_the_same_logits_under_the_same_names(arch: str) -> None:
 
 def test_layers_of_the_same_input_are_joined_and_share_their_memory() -> None:
     for arch, modules in (("gpt", 1), ("turbo", 1), ("qwen2.5", 2)):
-        ready = make_ready(tiny_model(arch))
+        ready = make_ready(tiny_model(arch), pack=False)
         joined = [m.joined for m in ready.modules() if "joined" in m.__dict__]
         assert len(joined) == 3 * modules  # of three layers
         storages = {p.untyped_storage().data_ptr() for p in ready.parameters()}
         assert all(j.weight.untyped_storage().data_ptr() in storages for j in joined)
-
-
-@torch.no_grad()
-def test_large_matrices_are_multiplied_from_either_side() -> None:
-    x = torch.randn(60, 1, 24)
-    for bias in (False, True):
-        linear = nn.Linear(24, 40, bias=bias)
-        weight, b = linear.weight, linear.bias
-        wanted = linear(x)
-        for rows in (1, 11, 12, 48, 49, 60):
-            assert_close(layers.large_product(x[:rows], weight, b), wanted[:rows])
-        assert layers.large_product(x[:12], weight, b).is_contiguous()
 
 
 @every_architecture
@@ -89,6 +81,72 @@ def test_the_dtype_is_cast_once_and_angles_stay_precise(arch: str) -> None:
     assert (ready(idx) - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
+# ---- packed for a CPU ----------------------------------------------------------------------------
+
+
+def held_in(model: Any) -> set[torch.dtype]:
+    layers = [vars(m).get("joined", m) for m in model.modules()]
+    return {layer.weight.dtype for layer in layers if isinstance(layer, PackedLinear)}
+
+
+@pytest.fixture
+def kernels() -> None:
+    problem = cpu_kernels.problem()
+    if problem:
+        pytest.skip(problem)
+
+
+@every_architecture
+@torch.no_grad()
+def test_packed_matrices_give_the_same_logits(arch: str, kernels: None) -> None:
+    """With a tied head and without; held in 16 bits only where that changes nothing."""
+    others = [tiny_model(arch, tied=False)] if arch == "qwen2.5" else []
+    for model in (tiny_model(arch), *others):
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        idx = tokens_of(model, 2, 40)
+        ready = make_ready(model)
+        assert held_in(ready) == {torch.float32}
+        assert_close(ready(idx), model(idx))
+        assert_pieces_are_the_whole(ready, [5, 1, 1, 30, 1])
+        large = [n for n, p in ready.named_parameters() if p.ndim == 2 and min(p.shape) >= 16]
+        assert all("wte" in name or "embed" in name for name in large), large
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name])
+            p.copy_(p.bfloat16())
+        ready = make_ready(model)
+        assert held_in(ready) == {torch.bfloat16}
+        assert_close(ready(idx), model(idx))
+
+
+@every_architecture
+@torch.no_grad()
+def test_packed_matrices_may_be_rounded(arch: str, kernels: None) -> None:
+    model = tiny_model(arch)
+    idx = tokens_of(model, 2, 40)
+    wanted = model(idx)
+    for quantize, kinds in (
+        ("bfloat16", {torch.bfloat16}),
+        ("int8", {torch.int8, torch.float32}),  # the head's
+    ):
+        ready = make_ready(model, quantize=quantize)
+        assert held_in(ready) == kinds
+        found = ready(idx)
+        assert 0 < (found - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+        assert_pieces_are_the_whole(ready, [5, 1, 1, 30, 1])
+    assert_close(found, make_ready(model, quantize="int8", pack=False)(idx))
+
+
+def test_without_kernels_nothing_is_packed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "problem", lambda: "no C++ compiler: install g++")
+    assert not held_in(make_ready(tiny_model("gpt")))
+    out = capsys.readouterr()
+    assert "slower than it could be: no C++ compiler" in out.out + out.err
+    with pytest.raises(UserError, match=r"--quantize=bfloat16.*C\+\+ compiler"):
+        make_ready(tiny_model("gpt"), quantize="bfloat16")
+
+
 # ---- int8 ----------------------------------------------------------------------------------------
 
 
@@ -107,7 +165,7 @@ def test_int8_rounds_each_row_to_its_own_scale() -> None:
 @torch.no_grad()
 def test_int8_is_near_and_leaves_head_and_embeddings(arch: str) -> None:
     model = tiny_model(arch)
-    ready = make_ready(model, quantize="int8")
+    ready = make_ready(model, quantize="int8", pack=False)
     kept = {n for n, p in ready.named_parameters() if p.ndim == 2}
     assert all("wte" in n or "embed" in n or "lm_head" in n or "gate" in n for n in kept), kept
     idx = tokens_of(model, 2, 40)
@@ -120,6 +178,6 @@ def test_int8_is_near_and_leaves_head_and_embeddings(arch: str) -> None:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--quantize=int4.*none or int8"):
+    with pytest.raises(UserError, match=r"--quantize=int4.*none, bfloat16, int8"):
         make_ready(tiny_model("gpt"), quantize="int4")
     assert quantize_linears(tiny_model("gpt")) == 3 * 6

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat import step_program
+from nanochat import cpu_kernels, step_program
 from nanochat.compiling import probe_compile
 from nanochat.kv_cache import KVCache
 from nanochat.serving import make_ready
 from nanochat.static_step import Step
-from nanochat.step_program import Programs
+from nanochat.step_program import RANGES, Programs
 from tests.decoding_for_tests import assert_close
 from tests.models_for_tests import TINY, tiny_model, tokens_of
 
@@ -67,10 +67,10 @@ def test_one_program_serves_a_range_of_rows_and_any_memory(
     step = Step(model)
     for rows in (1, 3, 2, 20, 1, 12):
         follows(model, step, rows)
-    assert interpreted == [(1, 1), (2, 11), (12, 48)]
+    assert interpreted == [*RANGES]
     follows(model, step, 1, end=130)
     follows(model, step, 3, end=130)
-    assert len(interpreted) == 3
+    assert len(interpreted) == 2
 
 
 def test_a_table_that_grows_makes_new_programs(interpreted: list[tuple[int, int]]) -> None:
@@ -98,7 +98,7 @@ def test_a_program_that_a_grown_table_needs_may_fail_too(
         follows(model, step, 2, end=36)
 
 
-def name_of(model: Any, rows: tuple[int, int] = (2, 11)) -> str:
+def name_of(model: Any, rows: tuple[int, int] = RANGES[1]) -> str:
     cache = KVCache(model.config.n_layer, batch=2)
     with torch.no_grad():
         model(tokens_of(model, 2, 3), kv_cache=cache)
@@ -122,7 +122,7 @@ def test_a_program_is_found_by_what_it_computes() -> None:
     others = [
         name_of(changed(model, "residual_scale")),
         name_of(make_ready(model)),
-        name_of(model, (12, 48)),
+        name_of(model, RANGES[0]),
         name_of(tiny_model("qwen2.5", n_layer=1)),
         name_of(tiny_model("qwen2.5", n_layer=1, norm_eps=1e-3)),
     ]
@@ -132,18 +132,19 @@ def test_a_program_is_found_by_what_it_computes() -> None:
 def test_a_compiled_program_has_the_models_own_weights_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one test that compiles: a row, of a model of one layer."""
+    """The one test that compiles: a row, of a model of one layer, which calls our own kernels."""
     problem = probe_compile(torch.device("cpu"))
     if problem:
         pytest.skip(problem)
-    monkeypatch.setattr(step_program, "_folder", lambda: tmp_path / "programs")
-    model = make_ready(tiny_model("gpt", n_layer=1))
+    monkeypatch.setattr(cpu_kernels, "folder", lambda: tmp_path / "programs")
+    plain = tiny_model("gpt", n_layer=1, n_embd=64)
+    model = make_ready(plain)
     step = Step(model)
     follows(model, step, 1)
     assert "compiling the step for one row" in capsys.readouterr().out
-    changed(model)
-    follows(model, step, 1)  # by the new values
-    (kept,) = (tmp_path / "programs").iterdir()
+    model = make_ready(changed(plain))
+    follows(model, Step(model), 1)  # by the new values
+    (kept,) = (tmp_path / "programs").glob("*.pt2")
     assert kept.stat().st_size < 10 * 2**20
 
     def never(*_: Any) -> None:
@@ -162,7 +163,7 @@ def test_what_cannot_be_compiled_goes_on_plainly(
         Path(kwargs["package_path"]).write_bytes(b"half")
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(step_program, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(cpu_kernels, "folder", lambda: tmp_path)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", broken)
     model = tiny_model("gpt", n_layer=1)
     step = Step(model)

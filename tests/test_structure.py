@@ -39,7 +39,9 @@ FLOORS = {
     "hf_code": 0.9,  # runs in transformers, without the rest of the package
     **dict.fromkeys(["heartbeat", "shards"], 0.9),
     **dict.fromkeys(["chat_format", "dataset", "distributed", "models", "packing"], 1),
-    **dict.fromkeys(["fp8", "int8", "kv_cache", "recompute", "updates"], 1),
+    "cpu_kernels": 0.9,
+    "int8": 0.75,
+    **dict.fromkeys(["fp8", "kv_cache", "recompute", "updates"], 1),
     **dict.fromkeys(["compiling", "precision"], 1.25),
     **dict.fromkeys(["communication", "fixed_memory", "memory_trace", "shard"], 1.5),
     **dict.fromkeys(["chat_template", "token_cache", "tokenizer"], 1.5),

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat import cpu_kernels
 from nanochat.models.attention import attend
 from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
-
-LEFT_ROWS = 12, 48  # fewest and most with which large_product puts the matrix on the left
 
 
 class KVCacheLike(Protocol):
@@ -131,6 +130,8 @@ def attention(
         mask = cache.mask(T, window)
         held = cache.insert(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, E) each
         one_on_cpu = T == 1 and q.device.type == "cpu" and q.dtype == torch.float32
+        if one_on_cpu and torch.compiler.is_exporting() and cpu_kernels.attends(E):
+            return cpu_kernels.one_query(q, *held, mask)
         if one_on_cpu and (torch.compiler.is_compiling() or k.size(2) != H):
             return _one_query(q, *held, mask)
         if mask is not None or T == 1:  # a single token without a mask sees all that is held
@@ -196,21 +197,12 @@ def token_losses(
     return total if reduction == "sum" else total / (targets != -1).sum().clamp(min=1)
 
 
-def large_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for inference: (..., in), (out, in) -> (..., out). With some dozen rows and a matrix
-    that outgrows a core's cache, MKL is faster if the matrix is the left one: bench/products.py."""
-    rows = x.reshape(-1, x.size(-1))  # (R, in)
-    if not LEFT_ROWS[0] <= rows.size(0) <= LEFT_ROWS[1]:
-        return F.linear(x, weight, bias)
-    y = (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-def lm_logits(x: Tensor, head: Tensor, softcap: float = 0.0) -> Tensor:
-    """Logits in float32, softly capped to +-softcap if it is set: (..., D) -> (..., V).
+def lm_logits(x: Tensor, head: Tensor | nn.Module, softcap: float = 0.0) -> Tensor:
+    """Logits in float32, softly capped to +-softcap if it is set: (..., D) -> (..., V), by the
+    head's layer, or its matrix.
 
     The cap is taken in float32: tanh in bfloat16 loses the differences that decide."""
-    logits = F.linear(x, head).float()
+    logits = (F.linear(x, head) if isinstance(head, Tensor) else head(x)).float()
     if not softcap:
         return logits
     if torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -196,7 +196,7 @@ class Qwen(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., D) -> (..., V) float32."""
-        return lm_logits(x, self.head_weight)
+        return lm_logits(x, self.lm_head or self.head_weight)
 
     def get_device(self) -> torch.device:
         return self.model.embed_tokens.weight.device

@@ -215,7 +215,7 @@ class Turbo(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., D) -> (..., V) float32."""
-        return lm_logits(x, self.lm_head.weight, LOGIT_SOFTCAP)
+        return lm_logits(x, self.lm_head, LOGIT_SOFTCAP)
 
     def get_device(self) -> torch.device:
         return self.lm_head.weight.device

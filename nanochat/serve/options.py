@@ -34,8 +34,9 @@ class ServeFlags(Limits, flags.PrecisionFlags):
     """Seconds that replies under way get after Ctrl-C."""
     workers: int = 0
     """Copies of the model, each with a thread; 0: one on each GPU, one on a CPU."""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: the weights of the layers as 8-bit integers, half of the memory of 16-bit ones."""
+    quantize: Literal["none", "bfloat16", "int8"] = "none"
+    """Round weights for memory and speed. bfloat16: all matrices to 16 bits (on a CPU, computing in
+    float32; what was 16 bits already is held so anyway). int8: those of the layers to 8 bits."""
     decoding: Literal["auto", "plain", "compiled", "graph"] = "auto"
     """How a step of decoding is run: as it is written, compiled (on a CPU twice as fast, after some
     twenty seconds at the first start), or compiled and captured as a CUDA graph. auto: graph on

@@ -48,8 +48,9 @@ class TerminalFlags(flags.PrecisionFlags):
     """Seed of the sampling: the same conversation gets the same replies."""
     tools: Literal["calculator", "python", "none"] = "calculator"
     """What the model's tool calls may do. python: programs, in a sandbox."""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: the weights of the layers as 8-bit integers, half of the memory of 16-bit ones."""
+    quantize: Literal["none", "bfloat16", "int8"] = "none"
+    """Round weights for memory and speed. bfloat16: all matrices to 16 bits (on a CPU, computing in
+    float32; what was 16 bits already is held so anyway). int8: those of the layers to 8 bits."""
 
 
 def sampling_of(args: TerminalFlags) -> Sampling:
