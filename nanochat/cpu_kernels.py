@@ -49,6 +49,11 @@ def folder() -> Path:
 # ---- the library
 
 
+def for_this_processor() -> bool:
+    """Whether there are kernels for such machines at all."""
+    return torch.backends.cpu.get_cpu_capability() in FLAGS
+
+
 @functools.cache
 def problem() -> str:
     """Why there are no kernels here; empty if there are."""
@@ -68,7 +73,7 @@ def problem() -> str:
 def _library() -> Any:
     """The compiled library, whose functions programs find by their names."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in FLAGS:
+    if not for_this_processor():
         raise OSError(f"no kernels for this processor ({capability}), for {' and '.join(FLAGS)}")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -194,14 +199,17 @@ class PackedLinear(nn.Module):
         scale = None
         if dtype == torch.int8:
             weight, scale = rounded(weight)
+        self.bits = 8 * dtype.itemsize  # of a weight
         self.register_buffer("weight", pack(weight.detach().to(dtype)))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).contiguous()  # (R, in)
-        bits = 8 * self.weight.element_size()
-        y = torch.ops.nanochat.packed_linear(rows, self.weight, self.out_features, bits)
+        # By way of torch's dispatcher the call takes as long as a small product
+        traced = torch.compiler.is_compiling()
+        product = torch.ops.nanochat.packed_linear if traced else _packed_linear
+        y = product(rows, self.weight, self.out_features, self.bits)
         y = y.view(*x.shape[:-1], self.out_features)
         if self.scale is not None:
             y = y * self.scale

@@ -95,7 +95,7 @@ def _can_pack(model: Any) -> bool:
     if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
         return False
     problem = cpu_kernels.problem()
-    if problem:
+    if problem and cpu_kernels.for_this_processor():  # otherwise nobody can do anything about it
         warn0(f"decoding is slower than it could be: {problem}")
     return not problem
 

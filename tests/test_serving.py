@@ -140,6 +140,11 @@ def test_without_kernels_nothing_is_packed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cpu_kernels, "problem", lambda: "no C++ compiler: install g++")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not held_in(make_ready(tiny_model("gpt")))
+    out = capsys.readouterr()
+    assert not out.out + out.err, "nothing can be done about another processor"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not held_in(make_ready(tiny_model("gpt")))
     out = capsys.readouterr()
     assert "slower than it could be: no C++ compiler" in out.out + out.err
