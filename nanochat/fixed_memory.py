@@ -9,10 +9,13 @@ are read, and hidden by the mask. Floor 1.5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from nanochat.models.layers import one_query
 
 
 class Memory(NamedTuple):
@@ -27,8 +30,11 @@ class Memory(NamedTuple):
 class StaticCache:
     """Fixed memory for one more token of each row. What layers.KVCacheLike says, for T = 1."""
 
-    def __init__(self, memory: Memory, at: Tensor) -> None:
-        """`at`: (B,), where the new tokens stand."""
+    def __init__(
+        self, memory: Memory, at: Tensor, one_query: Callable[..., Tensor] = one_query
+    ) -> None:
+        """`at`: (B,), where the new tokens stand. `one_query`: their attention on a CPU."""
+        self.one_query = one_query
         (self.layers, self.ids, self.places, self.alone), self.at = memory, at
         self.rows = torch.arange(at.size(0), device=at.device)
         self._masks: dict[int | None, Tensor] = {}
@@ -64,7 +70,13 @@ class StaticCache:
         """Its owner counts."""
 
 
-def decode(model: Any, idx: Tensor, at: Tensor, memory: Memory) -> Tensor:
+def decode(
+    model: Any,
+    idx: Tensor,
+    at: Tensor,
+    memory: Memory,
+    one_query: Callable[..., Tensor] = one_query,
+) -> Tensor:
     """(B, 1) ids, (B,) positions, memory of B rows -> (B, V) float32 logits."""
-    x = model.hidden(idx, StaticCache(memory, at))  # (B, 1, D)
+    x = model.hidden(idx, StaticCache(memory, at, one_query))  # (B, 1, D)
     return model.logits(x[:, -1])

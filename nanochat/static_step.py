@@ -26,7 +26,8 @@ STEPS = ("plain", "compiled", "graph")
 def _copied(function: Any) -> Any:
     """The same function with code of its own, to which torch.compile attaches its programs: those
     of one model must not be found for another, which the guards would not prevent."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    code, defaults = function.__code__.replace(), function.__defaults__
+    return FunctionType(code, function.__globals__, function.__name__, defaults)
 
 
 def _of_inputs(guards: Sequence[Any]) -> list[bool]:

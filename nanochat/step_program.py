@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nanochat import cpu_kernels
 from nanochat.common import print0
 from nanochat.fixed_memory import Memory, decode
+from nanochat.models import layers as layer_functions
 
 RANGES = ((1, 1), (2, 2**16))  # rows that share a program: a single one has no mask
 CONSTANTS = 64  # numbers in a tensor that may become part of a program; torch 2.15 takes up to 8
@@ -49,7 +50,10 @@ class Decode(nn.Module):
         ids: Tensor | None,
         places: Tensor,
     ) -> Tensor:
-        return decode(self.model, idx, at, Memory(layers, ids, places, alone=idx.size(0) == 1))
+        memory = Memory(layers, ids, places, alone=idx.size(0) == 1)
+        own = cpu_kernels.attends(layers[0][0].size(-1))
+        one_query = cpu_kernels.one_query if own else layer_functions.one_query
+        return decode(self.model, idx, at, memory, one_query)
 
 
 class Programs:

@@ -66,7 +66,7 @@ def test_attention_of_one_token_as_two_products(arch: str) -> None:
         wanted = F.scaled_dot_product_attention(
             q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
         )
-        assert_close(layers._one_query(q, k, v, mask), wanted.transpose(1, 2).reshape(3, 1, H * 8))
+        assert_close(layers.one_query(q, k, v, mask), wanted.transpose(1, 2).reshape(3, 1, H * 8))
 
 
 @every_architecture

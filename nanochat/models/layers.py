@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat import cpu_kernels
 from nanochat.models.attention import attend
 from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
 
@@ -130,10 +129,8 @@ def attention(
         mask = cache.mask(T, window)
         held = cache.insert(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, K, S, E) each
         one_on_cpu = T == 1 and q.device.type == "cpu" and q.dtype == torch.float32
-        if one_on_cpu and torch.compiler.is_exporting() and cpu_kernels.attends(E):
-            return cpu_kernels.one_query(q, *held, mask)
         if one_on_cpu and (torch.compiler.is_compiling() or k.size(2) != H):
-            return _one_query(q, *held, mask)
+            return getattr(cache, "one_query", one_query)(q, *held, mask)
         if mask is not None or T == 1:  # a single token without a mask sees all that is held
             y = F.scaled_dot_product_attention(
                 q.transpose(1, 2), *held, attn_mask=mask, enable_gqa=k.size(2) != H
@@ -142,7 +139,7 @@ def attention(
     return attend(q, k, v, window).reshape(B, T, H * E)
 
 
-def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of one token as two products: (B, 1, H, E), (B, K, S, E) twice, (B, 1, 1, S) ->
     (B, 1, H * E). On a CPU SDPA's kernel is made for many queries, and copies grouped keys."""
     B, _, H, E = q.shape
