@@ -160,7 +160,8 @@ def ensure_tokenizer(env: dict[str, str], base_dir: Path, data: Path) -> None:
 
 def run_record(log: Path) -> dict[str, Any] | None:
     """What a run's log says of it: validation bits per byte by tokens, minutes in steps, tokens a
-    second. None if it has not ended."""
+    second, by which code and threads: a result file keeps runs of other days. None if it has not
+    ended."""
     rows = [row for _, row in read_jsonl(log)] if log.exists() else []
     end = next((row for row in rows if row["event"] == "end"), None)
     if end is None:
@@ -173,6 +174,8 @@ def run_record(log: Path) -> dict[str, Any] | None:
         "final": evals[-1]["val_bpb"],
         "minutes": round(end["seconds"] / 60, 2),
         "tokens_per_second": round(tokens / end["seconds"]),
+        "git": rows[0]["versions"].get("git"),
+        "threads": rows[0]["threads"],
     }
 
 
