@@ -5,8 +5,8 @@ Decoding's own operations on a CPU, of cpu_kernels.cpp: compiled when they are f
         layer = PackedLinear(linear, torch.bfloat16)    # linear(x), from half of the memory
         y = one_query(q, k, v, visible)                 # attention of one token
 
-The library is kept beside torch's compiled code, under a name that says what it was made of and for
-which machine. Eager code calls it as the operations torch.ops.nanochat.*, a compiled program by the
+The library is kept in ~/.cache, under a name that says what it was made of and for which machine.
+Eager code calls it directly or as the operations torch.ops.nanochat.*, a compiled program by the
 functions that shims() names, without Python. Floor 0.9.
 """
 
@@ -40,10 +40,10 @@ FLAGS = {
 
 
 def folder() -> Path:
-    """Where torch keeps what it has compiled for this machine, and we what we have."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "nanochat"
+    """Where what was compiled is kept. Not beside torch's own: to ask torch where that is loads its
+    compiler, for seconds, and what lies in /tmp under a known name may be somebody else's."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "nanochat" / "compiled"
 
 
 # ---- the library
@@ -64,7 +64,8 @@ def problem() -> str:
         return (
             "" if torch.allclose(found, x @ weight.t(), atol=1e-5) else "a product came out wrong"
         )
-    except (OSError, subprocess.SubprocessError) as e:  # no compiler, or one that fails
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        # No compiler, one that fails, nowhere to keep what it makes
         said = getattr(e, "stderr", "") or str(e)
         return said.strip().splitlines()[-1][:200]
 

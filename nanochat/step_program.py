@@ -7,7 +7,7 @@ The step of decoding as a program of its own: exported, compiled ahead of time, 
 torch.compile looks its program up at every call and hands it every weight: around a small model
 that takes half as long as the model. A program of AOTInductor has the weights already (they stay
 where they are, nothing is copied) and is given what changes. Making one takes some twenty seconds,
-so it is kept beside torch's own compiled code and found again by what it computes. Floor 1.6.
+so it is kept in ~/.cache and found again by what it computes. Floor 1.6.
 """
 
 from __future__ import annotations
