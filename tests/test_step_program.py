@@ -142,8 +142,12 @@ def test_a_compiled_program_has_the_models_own_weights_and_is_kept(
     step = Step(model)
     follows(model, step, 1)
     assert "compiling the step for one row" in capsys.readouterr().out
+    for layer in (vars(m).get("joined", m) for m in model.modules()):
+        if isinstance(layer, cpu_kernels.PackedLinear):
+            layer.weight.mul_(1.5)
+    follows(model, step, 1)  # by the new values
     model = make_ready(changed(plain))
-    follows(model, Step(model), 1)  # by the new values
+    follows(model, Step(model), 1)  # another model's
     (kept,) = (tmp_path / "programs").glob("*.pt2")
     assert kept.stat().st_size < 10 * 2**20
 
