@@ -3,6 +3,8 @@ One thing changed at a time: what each part of turbo and of its training is wort
 
     python -m bench.learning_trials --data=../shared/data/fineweb_like
     python -m bench.learning_trials --data=... --trials="base | no smear" --seeds=5
+    python -m bench.learning_trials --data=... --tokens=2457600 --batch=4096 \
+        --trials="base | rates x 0.67" --seeds=1 --out=bench/results/learning_trials_long.json
     python -m bench.render                          # puts the table into bench/LEARNING.md
 
 Each trial is a whole run of scripts.base_train at d4 with its own schedule and one change to the
@@ -47,6 +49,7 @@ class Trial:
     what: str
     flags: list[str] = field(default_factory=list)
     change: Callable[[ExitStack], None] = lambda stack: None
+    any_length: bool = True  # not only for runs of TOKENS
 
 
 def set_to(owner: Any, name: str, value: Any) -> Callable[[ExitStack], None]:
@@ -206,6 +209,7 @@ TRIALS = {
         "1,024 tokens a step for a quarter of the tokens, then 2,048",
         ["--total_batch_size=1024", "--num_iterations=250"],
         batch_ramp(100, 2),
+        any_length=False,
     ),
     "constant momentum": Trial(
         "Muon's momentum 0.95 throughout",
@@ -223,20 +227,24 @@ TRIALS = {
          "--scalar_lr=0.067"],
     ),
     "batch 1024": Trial(
-        "1,024 tokens a step", ["--total_batch_size=1024", "--num_iterations=400"]
+        "1,024 tokens a step", ["--total_batch_size=1024", "--num_iterations=400"],
+        any_length=False,
     ),
     "batch 4096": Trial(
-        "4,096 tokens a step", ["--total_batch_size=4096", "--num_iterations=100"]
+        "4,096 tokens a step", ["--total_batch_size=4096", "--num_iterations=100"],
+        any_length=False,
     ),
     "head x 2": Trial("the head's rate x 2", ["--unembedding_lr=0.016"]),
     "warmup 10": Trial("warmup of 10 steps, not 40", ["--warmup_steps=10"]),
     "warmup 80": Trial("warmup of 80 steps", ["--warmup_steps=80"]),
     "scalars 0.5": Trial("the scalars' rate 0.5, not 0.1", ["--scalar_lr=0.5"]),
     "same epoch twice": Trial(
-        "half of the text twice, in the same order", change=second_epoch(reshuffled=False)
+        "half of the text twice, in the same order", change=second_epoch(reshuffled=False),
+        any_length=False,
     ),
     "reshuffled": Trial(
-        "half of the text twice, reshuffled", change=second_epoch(reshuffled=True)
+        "half of the text twice, reshuffled", change=second_epoch(reshuffled=True),
+        any_length=False,
     ),
     "beginnings only": Trial(
         "only rows that show documents from their beginning", change=beginnings_only()
@@ -264,20 +272,29 @@ class Args:
     """Names, separated by |."""
     seeds: int = 3
     """Runs of each."""
+    tokens: int = TOKENS
+    """Tokens of each run."""
+    batch: int = BATCH
+    """Tokens of a step."""
     out: Path = RESULT
     """Result file."""
 
 
-def command(trial: Trial, name: str, seed: int, data: Path) -> tuple[str, list[str]]:
-    """(tag, flags for base_train) of a trial with a seed; later flags win over earlier ones."""
+def command(name: str, seed: int, args: Args) -> tuple[str, list[str]]:
+    """(tag, flags for base_train) of a trial with a seed; a trial's own flags win."""
+    trial, data = TRIALS[name], (args.data or Path()).resolve()
     tag = f"trial-{name.replace(' ', '-').replace('%', '')}-s{seed}"
     plain = [
-        "--arch=turbo", "--depth=4", f"--max_seq_len={ROW}", f"--total_batch_size={BATCH}",
-        f"--num_iterations={TOKENS // BATCH}", f"--eval_tokens={EVAL_TOKENS}",
+        "--arch=turbo", "--depth=4", f"--max_seq_len={ROW}", f"--total_batch_size={args.batch}",
+        f"--num_iterations={args.tokens // args.batch}", f"--eval_tokens={EVAL_TOKENS}",
         "--eval_every=100000", "--core_metric_every=-1", "--sample_every=-1", "--compile=off",
-        "--grad_clip=1",
-        f"--seed={seed}", f"--data={data.resolve()}", f"--model_tag={tag}",
+        f"--seed={seed}", f"--data={data}",
     ]  # fmt: skip
+    if (args.tokens, args.batch) == (TOKENS, BATCH):
+        plain.append("--grad_clip=1")  # as when most of these were run
+    else:
+        tag += f"-{args.tokens}-{args.batch}"
+    plain.append(f"--model_tag={tag}")
     typed = {flag.split("=")[0] for flag in trial.flags}
     return tag, [f for f in plain if f.split("=")[0] not in typed] + trial.flags
 
@@ -287,13 +304,15 @@ def main(args: Args) -> None:
     for name in names:
         if name not in TRIALS:
             raise UserError(f"--trials={name}: choose among {', '.join(TRIALS)}")
+        if args.tokens != TOKENS and not TRIALS[name].any_length:
+            raise UserError(f"--trials={name} is made for --tokens={TOKENS}, not {args.tokens}")
     if args.data is None or not list(args.data.glob("*.parquet")):
         raise UserError(f"--data={args.data} holds no parquet shards")
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(args.base_dir)}
     ensure_tokenizer(env, args.base_dir, args.data)
     for seed in range(args.seeds):
         for name in names:
-            tag, words = command(TRIALS[name], name, seed, args.data)
+            tag, words = command(name, seed, args)
             log = args.base_dir / "base_checkpoints" / tag / "log.jsonl"
             if run_record(log) is None:
                 run(env, "bench.learning_trials", f"--one={name}", "--", *words)
@@ -306,14 +325,15 @@ def collect(args: Args, names: list[str]) -> None:
     for name in names:
         found = []
         for seed in range(args.seeds):
-            tag, words = command(TRIALS[name], name, seed, args.data or Path())
+            tag, words = command(name, seed, args)
             record = run_record(args.base_dir / "base_checkpoints" / tag / "log.jsonl")
             if record is not None:
                 found.append({"seed": seed, **record})
         shown = [w for w in words if not w.startswith(("--data=", "--model_tag=", "--seed="))]
         if found:
             rows.append({"trial": name, "what": TRIALS[name].what, "flags": shown, "runs": found})
-    write_json(args.out, {**surroundings(), "trials": rows})
+    about = {"tokens": args.tokens, "batch": args.batch}
+    write_json(args.out, {**surroundings(), **about, "trials": rows})
     for row in compared(rows):
         print0(
             f"{row['trial']:<22} {row['bpb']:.4f}  {row['difference']:+.4f} +- {row['error']:.4f}"
@@ -352,8 +372,9 @@ def verdict(row: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The passage of bench/LEARNING.md."""
+    tokens, batch = result.get("tokens", TOKENS), result.get("batch", BATCH)
     lines = [
-        f"{TOKENS:,} tokens, {BATCH:,} a step, d4, bits per byte over {EVAL_TOKENS:,} tokens;",
+        f"{tokens:,} tokens, {batch:,} a step, d4, bits per byte over {EVAL_TOKENS:,} tokens;",
         "difference from the first row, paired by seed, with its standard error.",
         "",
         "| changed | bits per byte | difference | seeds | |",

@@ -13,6 +13,7 @@ import torch
 
 from bench import learning_trials as bench
 from nanochat import flags
+from nanochat.common import UserError
 from nanochat.dataloader import _Shard
 from nanochat.models import TurboConfig, build_model
 from nanochat.packing import Documents, pack
@@ -42,13 +43,25 @@ def test_a_part_that_is_taken_away_is_away_and_not_trained() -> None:
 
 def test_every_change_is_undone_and_every_trial_parses() -> None:
     before = built("base").logits_of
-    for name, trial in bench.TRIALS.items():
+    for name in bench.TRIALS:
         built(name)
-        _, words = bench.command(trial, name, 0, Path("data"))
+        _, words = bench.command(name, 0, bench.Args(Path("data")))
         args = flags.parse(base_train.Args, words)
         tokens = args.num_iterations * args.total_batch_size
         assert tokens == bench.TOKENS or name == "batch ramp"
     assert torch.equal(built("base").logits_of, before)
+
+
+def test_runs_of_another_length_have_names_of_their_own(tmp_path: Path) -> None:
+    """So that none is taken for another's; what is made for one length is not run at others."""
+    short, long = bench.Args(tmp_path), bench.Args(tmp_path, tokens=8192, batch=4096)
+    (tag, _), (long_tag, words) = (bench.command("base", 0, args) for args in (short, long))
+    assert tag != long_tag and f"--model_tag={long_tag}" in words
+    assert {"--num_iterations=2", "--total_batch_size=4096"} <= set(words)
+    assert not [word for word in words if word.startswith("--grad_clip")]
+    long.trials = "base | reshuffled"
+    with pytest.raises(UserError, match="--trials=reshuffled is made for --tokens=409600"):
+        bench.main(long)
 
 
 def test_the_ramp_takes_the_same_rows_in_larger_steps() -> None:
