@@ -4,7 +4,7 @@
 // and keep weights in 32 bits. Here a matrix lies in the order in which it is read, and may be held
 // in fewer bits: it is widened on the way to the registers, and all sums are of 32-bit floats. A
 // row's sums are taken in the same order whoever shares the batch, so its result is the same to the
-// last bit. Vectors are those that GCC and clang have for AVX2 and AVX-512.
+// last bit. Vectors are GCC's, for AVX2 and AVX-512.
 //
 // The functions named aoti_torch_cpu_* are what compiled programs call (step_program.py).
 
@@ -30,14 +30,12 @@ constexpr int LANES = 8;
 constexpr int ROWS = 3;         // 12 of 16
 #endif
 constexpr int VECTORS = COLUMNS / LANES;
-constexpr int MANY = 48;        // rows from which on weights are widened beforehand
 constexpr int AHEAD = 2048;     // weights from what is read to what is fetched
 constexpr int NEXT = 16;        // positions from what is read to what is fetched
 constexpr float HIDDEN = -1e30f;  // score of what a query does not see
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
 struct BFloat16 {
   uint16_t bits;  // the upper half of a float
@@ -46,15 +44,6 @@ struct BFloat16 {
 inline Floats load(const float* from) {
   Floats floats;
   memcpy(&floats, from, sizeof floats);
-  return floats;
-}
-
-inline Floats load(const BFloat16* from) {
-  Halves halves;
-  memcpy(&halves, from, sizeof halves);
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  Floats floats;
-  memcpy(&floats, &words, sizeof floats);
   return floats;
 }
 
@@ -68,6 +57,24 @@ inline Floats load(const int8_t* from) {  // which GCC 12 does not find by itsel
 #endif
 }
 
+// The weights of COLUMNS outputs for one input.
+template <class Weight>
+inline void load_columns(const Weight* from, Floats (&to)[VECTORS]) {
+  for (int v = 0; v < VECTORS; v++) to[v] = load(from + v * LANES);
+}
+
+// Those of 16 bits lie in pairs, the one half of the columns below the other: each half is one
+// operation away from being floats.
+inline void load_columns(const BFloat16* from, Floats (&to)[VECTORS]) {
+  for (int v = 0; v < VECTORS / 2; v++) {
+    Words pairs;
+    memcpy(&pairs, from + 2 * v * LANES, sizeof pairs);
+    const Words low = pairs << 16, high = pairs & 0xffff0000u;
+    memcpy(&to[v], &low, sizeof low);
+    memcpy(&to[v + VECTORS / 2], &high, sizeof high);
+  }
+}
+
 // R rows of x (.., in) times one block of outputs, whose weights follow one another by input.
 template <int R, class Weight>
 void tile(const float* x, const Weight* w, float* y, int64_t in, int64_t out, int64_t columns) {
@@ -76,7 +83,7 @@ void tile(const float* x, const Weight* w, float* y, int64_t in, int64_t out, in
     for (size_t byte = 0; byte < COLUMNS * sizeof(Weight); byte += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(w + AHEAD) + byte);
     Floats weights[VECTORS];
-    for (int v = 0; v < VECTORS; v++) weights[v] = load(w + v * LANES);
+    load_columns(w, weights);
     for (int r = 0; r < R; r++)  // each number of x is in a register for a moment only
       for (int v = 0; v < VECTORS; v++) sums[r][v] += x[r * in + i] * weights[v];
   }
@@ -99,34 +106,16 @@ auto tile_of(int rows, std::integer_sequence<int, Before...>) {
 }
 
 template <class Weight>
-void multiply_block(const float* x, const Weight* w, float* y, int64_t rows, int64_t in,
-                    int64_t out, int64_t columns) {
-  for (int64_t row = 0; row < rows; row += ROWS) {  // the first has most to do while it waits
-    const int height = std::min<int64_t>(ROWS, rows - row);
-    const auto compute = tile_of<Weight>(height, std::make_integer_sequence<int, ROWS>());
-    compute(x + row * in, w, y + row * out, in, out, columns);
-  }
-}
-
-template <class Weight>
 void multiply(const float* x, const void* packed, float* y, int64_t rows, int64_t in, int64_t out) {
   const int64_t blocks = (out + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel
-  {
-    std::vector<float> wide(rows > MANY ? in * COLUMNS : 0);
-#pragma omp for
-    for (int64_t block = 0; block < blocks; block++) {
-      const Weight* w = static_cast<const Weight*>(packed) + block * in * COLUMNS;
-      const int64_t column = block * COLUMNS, columns = std::min<int64_t>(COLUMNS, out - column);
-      if (rows <= MANY) {
-        multiply_block(x, w, y + column, rows, in, out, columns);
-      } else {  // widened once, not for every dozen
-        for (int64_t i = 0; i < in * COLUMNS; i += LANES) {
-          const Floats floats = load(w + i);
-          memcpy(&wide[i], &floats, sizeof floats);
-        }
-        multiply_block(x, wide.data(), y + column, rows, in, out, columns);
-      }
+#pragma omp parallel for
+  for (int64_t block = 0; block < blocks; block++) {
+    const Weight* w = static_cast<const Weight*>(packed) + block * in * COLUMNS;
+    const int64_t column = block * COLUMNS, columns = std::min<int64_t>(COLUMNS, out - column);
+    for (int64_t row = 0; row < rows; row += ROWS) {  // the first has most to do while it waits
+      const int height = std::min<int64_t>(ROWS, rows - row);
+      const auto compute = tile_of<Weight>(height, std::make_integer_sequence<int, ROWS>());
+      compute(x + row * in, w, y + row * out + column, in, out, columns);
     }
   }
 }
@@ -154,7 +143,10 @@ void attend(const float* q, const float* k, const float* v, const bool* visible,
   const float scale = 1 / std::sqrt(static_cast<float>(width));
   float most = HIDDEN, sum = 0;
   for (int64_t s = first; s < end; s++) {
-    for (int64_t e = 0; e < width; e += LANES) __builtin_prefetch(k + (s + NEXT) * k_stride + e);
+    const int64_t then = s + NEXT;  // behind the last keys come the first values
+    const float* later =
+        then < end ? k + then * k_stride : v + std::min(first + then - end, end - 1) * v_stride;
+    for (int64_t e = 0; e < width; e += LANES) __builtin_prefetch(later + e);
     const float score = dot<V>(q, k + s * k_stride, width) * scale;
     weights[s] = visible[s] ? score : HIDDEN;
     most = std::max(most, weights[s]);
@@ -164,7 +156,8 @@ void attend(const float* q, const float* k, const float* v, const bool* visible,
     Floats sums[V] = {};
     for (int64_t s = first; s < end; s++) {
       const float* value = v + s * v_stride + from;
-      for (int i = 0; i < V; i++) __builtin_prefetch(value + NEXT * v_stride + i * LANES);
+      const float* later = v + std::min(s + NEXT, end - 1) * v_stride + from;
+      for (int i = 0; i < V; i++) __builtin_prefetch(later + i * LANES);
       for (int i = 0; i < V; i++) sums[i] += weights[s] * load(value + i * LANES);
     }
     for (int i = 0; i < V; i++) {
@@ -196,7 +189,7 @@ extern "C" void nanochat_one_query(const float* q, const float* k, const float* 
 #pragma omp parallel
   {
     std::vector<float> weights(S);
-#pragma omp for collapse(2)
+#pragma omp for collapse(2) nowait
     for (int64_t b = 0; b < B; b++)
       for (int64_t h = 0; h < H; h++) {
         const int64_t of = h / (H / K), at = (b * H + h) * E;

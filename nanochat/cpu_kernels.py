@@ -66,8 +66,9 @@ def problem() -> str:
         )
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         # No compiler, one that fails, nowhere to keep what it makes
-        said = getattr(e, "stderr", "") or str(e)
-        return said.strip().splitlines()[-1][:200]
+        said = (getattr(e, "stderr", "") or str(e)).strip().splitlines()
+        telling = [line for line in said if "error: " in line or "cannot find" in line]
+        return (telling or said)[-1][:200]
 
 
 @functools.cache
@@ -76,7 +77,8 @@ def _library() -> Any:
     capability = torch.backends.cpu.get_cpu_capability()
     if not for_this_processor():
         raise OSError(f"no kernels for this processor ({capability}), for {' and '.join(FLAGS)}")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    # Not clang, whose OpenMP would run threads of its own beside torch's
+    compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise OSError("no C++ compiler: install g++")
     home = Path(torch.__file__).parent
@@ -176,12 +178,15 @@ def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(out, in) -> (out / COLUMNS, in, COLUMNS), filled up with zeros."""
+    """(out, in) -> (out / COLUMNS, in, COLUMNS), filled up with zeros. In bfloat16 output 0 of a
+    block is followed by 16, then come 1 and 17: pairs of the size of a float."""
     out, width = weight.shape
     blocks = -(-out // COLUMNS)
     padded = weight.new_zeros(blocks * COLUMNS, width)
     padded[:out] = weight
-    return padded.view(blocks, COLUMNS, width).transpose(1, 2).contiguous()
+    side = 2 if weight.dtype == torch.bfloat16 else 1
+    halves = padded.view(blocks, side, COLUMNS // side, width)
+    return halves.permute(0, 3, 2, 1).contiguous().view(blocks, width, COLUMNS)
 
 
 class PackedLinear(nn.Module):

@@ -95,10 +95,17 @@ def _program(
 ) -> tuple[Callable[[list[Tensor]], list[Tensor]], Any]:
     """(what runs it on the tensors of its arguments, what must live as long)."""
     weights = {**exported.state_dict, **exported.constants}
-    path = cpu_kernels.folder() / f"{_name(exported, weights)}.pt2"
+    settings: dict[str, Any] = {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.custom_ops_to_c_shims": cpu_kernels.shims(),
+    }
+    if rows[1] > 1:
+        # What one thread alone has written the others read slowly, so all take part in every loop
+        settings["cpp.min_chunk_size"] = 16
+    path = cpu_kernels.folder() / f"{_name(exported, weights, settings)}.pt2"
     if not path.is_file():
         print0(f"decoding: compiling the step for {_said(rows)}; it is kept for the next start")
-        _compile(exported, path)
+        _compile(exported, path, settings)
     program = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
     wanted = {name: weights[name] for name in program.get_constant_fqns()}
     program.load_constants(wanted, check_full_update=True, user_managed=True)
@@ -134,9 +141,9 @@ def _export(model: Any, rows: tuple[int, int], memory: Memory) -> Any:
     return torch.export.export(Decode(model), example, dynamic_shapes=dynamic, strict=False)
 
 
-def _name(exported: Any, weights: dict[str, Tensor]) -> str:
+def _name(exported: Any, weights: dict[str, Tensor], settings: dict[str, Any]) -> str:
     """A name for what is computed, on which kind of weights, by which torch."""
-    said: list[Any] = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    said: list[Any] = [torch.__version__, torch.backends.cpu.get_cpu_capability(), settings]
     said += [torch.get_num_threads(), exported.graph_module.code, exported.range_constraints]
     for name, t in weights.items():
         # Of a few numbers the compiler makes constants
@@ -145,16 +152,11 @@ def _name(exported: Any, weights: dict[str, Tensor]) -> str:
     return hashlib.sha256("\n".join(map(str, said)).encode()).hexdigest()[:32]
 
 
-def _compile(exported: Any, path: Path) -> None:
+def _compile(exported: Any, path: Path, settings: dict[str, Any]) -> None:
     """Makes the program; all of it or nothing under its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = torch._inductor.aoti_compile_and_package(
-            exported,
-            package_path=f"{folder}/step.pt2",
-            inductor_configs={
-                "aot_inductor.package_constants_in_so": False,
-                "aot_inductor.custom_ops_to_c_shims": cpu_kernels.shims(),
-            },
+            exported, package_path=f"{folder}/step.pt2", inductor_configs=settings
         )
         os.replace(made, path)

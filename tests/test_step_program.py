@@ -103,7 +103,7 @@ def name_of(model: Any, rows: tuple[int, int] = RANGES[1]) -> str:
     with torch.no_grad():
         model(tokens_of(model, 2, 3), kv_cache=cache)
         exported = step_program._export(model, rows, Step(model, "off").prepare(cache, 2))
-    return step_program._name(exported, {**exported.state_dict, **exported.constants})
+    return step_program._name(exported, {**exported.state_dict, **exported.constants}, {})
 
 
 def changed(model: Any, *names: str) -> Any:
