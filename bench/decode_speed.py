@@ -2,7 +2,7 @@
 How fast replies are written, beside transformers' generate with the same exported model.
 
     python -m bench.decode_speed
-    python -m bench.decode_speed --models=8/8192 --batches 1 --batches 4
+    python -m bench.decode_speed --models=8/8192 --batches 1 4
     python -m bench.decode_speed --device_type=cuda --size=qwen2.5-0.5b --steps graph
 
 A random model of each architecture is exported and loaded by transformers (NanoChatForCausalLM,

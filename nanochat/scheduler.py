@@ -210,6 +210,16 @@ class Scheduler:
         self._leave_ended()
         return told + tokens
 
+    def warm_up(self) -> None:
+        """A step of one row and one of two, for nobody: what is compiled at the first of each is so
+        before anybody waits for it. Only while nothing runs."""
+        for n in sorted({1, min(2, self.max_batch)}):
+            (handle,) = self.rows.prefill([[0]])
+            self.rows.join([handle] * n, [Sampling()] * n)
+            self.rows.forward([[0]] * n)
+            for row in reversed(range(n)):
+                self.rows.leave(row)
+
     # ---- rows
 
     def _admit(self) -> None:

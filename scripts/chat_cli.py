@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from nanochat import distributed, flags
 from nanochat.checkpoint import load_model
 from nanochat.common import UserError, get_base_dir
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Scheduler
 from nanochat.precision import choose_precision
 from nanochat.serving import make_ready
 from nanochat.terminal.chat import Chat
@@ -115,7 +115,9 @@ def start(args: Args) -> int:
             args.source, info.device, model_tag=args.model_tag, step=args.step
         )
         model = make_ready(model, choose_precision(args.dtype, info.device).dtype, args.quantize)
-        engine = Engine(model, tokenizer, tools=args.tools)
+        engine = Engine(model, tokenizer, tools=args.tools, step=args.decoding)
+        if args.decoding != "plain":
+            Scheduler(engine, max_batch=1).warm_up()
         chat = Chat(engine, tokenizer, sampling, model.config.sequence_len)
         chat.system = args.system
         if args.json:

@@ -52,6 +52,7 @@ def main(args: Args) -> None:
         # What clients know the model by: sft-d20.
         name = f"{args.source}-{meta['tag']}"
         app = create_app(engines, tokenizer, name, limits, access)
+        app.state.pool.warm_up()
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print0(f"serving {name} at http://{host}:{port} (Ctrl-C stops)")

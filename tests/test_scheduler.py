@@ -63,6 +63,23 @@ def random_sampling(rng: random.Random) -> Sampling:
 
 
 @every_architecture
+def test_a_warm_scheduler_has_taken_steps_and_forgotten_them(arch: str) -> None:
+    """One of one row and one of two; what comes then is as if nothing had been."""
+    engine = engine_of(arch)
+    cold, warm, small = (Scheduler(engine, max_batch=n) for n in (3, 3, 1))
+    for scheduler, wanted in ((warm, [1, 2]), (small, [1])):
+        taken: list[int] = []
+        forward = scheduler.rows.forward
+        scheduler.rows.forward = lambda t, f=forward, n=taken: (n.append(len(t)), f(t))  # type: ignore[method-assign, misc]
+        scheduler.warm_up()
+        assert taken == wanted and not scheduler.running and not scheduler.waiting
+    requests = [s.add([5, 6, 7], Sampling(max_tokens=9), 2) for s in (cold, warm)]
+    for scheduler in (cold, warm):
+        run(scheduler)
+    assert [r.tokens for r in requests[0]] == [r.tokens for r in requests[1]]
+
+
+@every_architecture
 @pytest.mark.parametrize("seed", range(3))
 def test_a_request_gets_what_it_would_get_alone(arch: str, seed: int) -> None:
     """Random arrivals, lengths, settings and cancellations, rows fewer than requests; each request

@@ -38,8 +38,8 @@ class ServeFlags(Limits, flags.PrecisionFlags):
     """Round weights for memory and speed. bfloat16: all matrices to 16 bits (on a CPU, computing in
     float32; what was 16 bits already is held so anyway). int8: those of the layers to 8 bits."""
     decoding: Literal["auto", "plain", "compiled", "graph"] = "auto"
-    """How a step of decoding is run: as it is written, compiled (on a CPU two to four times as fast
-    for one reply, after some twenty seconds at the first start), or compiled and captured as a CUDA
+    """How a step of decoding is run: as it is written, compiled, for which the first start with a
+    model takes longer (README says what it is worth on a CPU), or compiled and captured as a CUDA
     graph. auto: graph on CUDA, else plain."""
     tools: Literal["calculator", "python", "none"] = "calculator"
     """What the model's tool calls may do. python: programs, in a sandbox."""

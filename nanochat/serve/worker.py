@@ -181,6 +181,11 @@ class Worker:
         self.commands.put(("add", job))
         return job
 
+    def warm_up(self) -> None:
+        """Compiles what the first replies would have to wait for. Before any request."""
+        with self._on_device():
+            self._scheduler.warm_up()
+
     def shutdown(self) -> None:
         """Ends what is running with an error, and the thread. Waits for the step under way."""
         if self._thread is not None:
@@ -320,6 +325,11 @@ class Pool:
             raise busy(f"{self.num_open} replies are being made or waiting")
         worker = min(self.workers, key=lambda worker: worker.num_open)
         return worker.submit(prompts, sampling, n)
+
+    def warm_up(self) -> None:
+        """Compiles what the first replies would have to wait for. Before any request."""
+        for worker in self.workers:
+            worker.warm_up()
 
     def shutdown(self) -> None:
         """Ends what is running with an error, then the threads. Nothing is taken afterwards."""

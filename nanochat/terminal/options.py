@@ -51,6 +51,9 @@ class TerminalFlags(flags.PrecisionFlags):
     quantize: Literal["none", "bfloat16", "int8"] = "none"
     """Round weights for memory and speed. bfloat16: all matrices to 16 bits (on a CPU, computing in
     float32; what was 16 bits already is held so anyway). int8: those of the layers to 8 bits."""
+    decoding: Literal["plain", "compiled"] = "plain"
+    """How a step of decoding is run: as it is written, or compiled, for which the first start with
+    a model takes longer. README says what it is worth on a CPU."""
 
 
 def sampling_of(args: TerminalFlags) -> Sampling:

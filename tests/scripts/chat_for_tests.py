@@ -27,7 +27,7 @@ FOR_EVER = "for ever"  # a question with this gets a reply that never ends
 class EchoEngine:
     """Has the signature of Engine, as far as chat_cli uses it."""
 
-    def __init__(self, model: Any, tokenizer: Any, tools: str = "calculator") -> None:
+    def __init__(self, model: Any, tokenizer: Any, tools: str, step: str) -> None:
         pass
 
     def generate(

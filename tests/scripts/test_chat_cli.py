@@ -169,9 +169,23 @@ def test_the_flags_reach_the_engine(
     wanted = {"temperature": 0.5, "top_k": None, "max_tokens": 9, "top_p": 0.9, "min_p": 0.1,
               "seed": 5, "repetition_penalty": 1.2, "stop": ("A", "B")}  # fmt: skip
     assert {name: call[name] for name in wanted} == wanted
-    assert made == {"tools": "none"}
+    assert made == {"tools": "none", "step": "plain"}
     tokenizer = chat_cli.load_model("sft", "cpu")[1]
     assert "Rhyme" in tokenizer.decode(call["tokens"])
+
+
+def test_a_compiled_step_is_made_before_the_first_question(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine([(1, 1)])
+    told: list[Any] = []
+    monkeypatch.setattr(chat_cli, "Engine", lambda *_, **how: told.append(how["step"]) or engine)
+    monkeypatch.setattr(chat_cli.Scheduler, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(
+        chat_cli.Scheduler, "warm_up", lambda _: told.append(("warm", len(engine.calls)))
+    )
+    assert run_chat("-p", "Hi", "--decoding=compiled") == 0
+    assert told == ["compiled", ("warm", 0)] and len(engine.calls) == 1
 
 
 def test_json_tells_what_ctrl_c_left(

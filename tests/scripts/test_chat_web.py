@@ -16,6 +16,7 @@ import uvicorn
 
 from nanochat import flags
 from nanochat.common import UserError
+from nanochat.scheduler import Scheduler
 from nanochat.serve.options import access_of, devices_of, step_of
 from scripts import chat_web
 from scripts.chat_web import Args
@@ -93,7 +94,14 @@ def test_flags_reach_the_server(
         "max_waiting": 0, "max_body": 5000, "api_key_file": str(key), "tools": "none",
         "quantize": "int8", "allowed_hosts": ["chat.example"], "cors_origins": ["https://page.example/"],
     }  # fmt: skip
+    warm: set[Scheduler] = set()
+
+    def warm_up(scheduler: Scheduler) -> None:
+        warm.add(scheduler)
+
+    monkeypatch.setattr(Scheduler, "warm_up", warm_up)
     with running(monkeypatch, capsys, **more) as served:
+        assert len(warm) == 2  # before the first request
         served.headers["Host"] = "chat.example"
         health = served.get("/health").json()
         assert health["workers"] == 2 and health["context"] == 40 and health["needs_key"]
