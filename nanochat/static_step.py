@@ -7,6 +7,7 @@ a GPU by torch.compile, which a captured graph then repeats without either. Floo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from operator import is_
 from types import FunctionType
@@ -145,7 +146,8 @@ class GraphStep(Step):
             self.graphs, self._where = {}, where
         if bucket not in self.graphs:
             if not self.graphs:
-                print0(f"decoding: capturing a graph for {bucket} rows, others as they are needed")
+                said = f"decoding: capturing a graph for {bucket} rows, others as they are needed"
+                print0(said, file=sys.stderr)
             self.graphs[bucket] = self.record(bucket, memory)
         replay, static_idx, static_at, logits = self.graphs[bucket]
         # What is written into the rows of nobody, at their first place, is overwritten when

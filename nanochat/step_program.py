@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,8 @@ def _program(
         settings["cpp.min_chunk_size"] = 16
     path = cpu_kernels.folder() / f"{_name(exported, weights, settings)}.pt2"
     if not path.is_file():
-        print0(f"decoding: compiling the step for {_said(rows)}; it is kept for the next start")
+        said = f"decoding: compiling the step for {_said(rows)}; it is kept for the next start"
+        print0(said, file=sys.stderr)
         _compile(exported, path, settings)
     program = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
     wanted = {name: weights[name] for name in program.get_constant_fqns()}
