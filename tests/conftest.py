@@ -45,6 +45,15 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture
+def kernels() -> None:
+    """Decoding's own kernels, which need a compiler and a processor that they are for."""
+    from nanochat.cpu_kernels import problem  # loads torch
+
+    if problem():
+        pytest.skip(problem())
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` are skipped where there is none."""
     if item.get_closest_marker("gpu") is None:

@@ -20,13 +20,6 @@ from tests.decoding_for_tests import assert_close
 
 
 @pytest.fixture
-def kernels() -> None:
-    problem = cpu_kernels.problem()
-    if problem:
-        pytest.skip(problem)
-
-
-@pytest.fixture
 def forgotten() -> Iterator[None]:
     """What was found out about this machine is found out anew, before and after."""
     functions = cpu_kernels.problem, cpu_kernels._library

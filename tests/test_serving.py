@@ -89,13 +89,6 @@ def held_in(model: Any) -> set[torch.dtype]:
     return {layer.weight.dtype for layer in layers if isinstance(layer, PackedLinear)}
 
 
-@pytest.fixture
-def kernels() -> None:
-    problem = cpu_kernels.problem()
-    if problem:
-        pytest.skip(problem)
-
-
 @every_architecture
 @torch.no_grad()
 def test_packed_matrices_give_the_same_logits(arch: str, kernels: None) -> None:
