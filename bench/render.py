@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import bpe_table, finetune_rates, learning_trials, speedrun_cpu
+from bench import bpe_table, finetune_rates, learning_scales, learning_trials, speedrun_cpu
 from bench import learning as learning_bench
 from nanochat import flags
 from nanochat.budget import share_of_peak
@@ -236,11 +236,25 @@ def bpe() -> str:
 
 
 def learned() -> str:
-    return learning_bench.table([load(name) for name in ("learning", "learning_d6")])
+    (short,) = load("learning_short")["runs"]
+    (tokens,) = map(int, short["bpb"])
+    return (
+        learning_bench.table([load(name) for name in ("learning", "learning_d6")])
+        + f"\n\nTurbo at d{short['depth']} in a run of {tokens / 1e6:.2f} M tokens: "
+        f"{short['final']:.3f} after {short['minutes']:.1f} minutes on {short['threads']} threads."
+    )
 
 
 def trials() -> str:
     return learning_trials.table(load("learning_trials"))
+
+
+def long_trials() -> str:
+    return learning_trials.table(load("learning_trials_long"))
+
+
+def scales() -> str:
+    return learning_scales.table(load("learning_scales"))
 
 
 def rates() -> str:
@@ -303,6 +317,8 @@ PASSAGES: dict[tuple[str, str], Callable[[], str]] = {
     ("rustbpe/README.md", "BPE"): bpe,
     ("bench/LEARNING.md", "learned"): learned,
     ("bench/LEARNING.md", "trials"): trials,
+    ("bench/LEARNING.md", "long trials"): long_trials,
+    ("bench/LEARNING.md", "scales"): scales,
     ("docs/03-data.md", "prepare"): prepare,
     ("docs/06-finetuning.md", "rates"): rates,
     ("docs/identity.md", "identities"): identities,

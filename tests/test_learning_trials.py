@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import learning_scales as scales
 from bench import learning_trials as bench
 from nanochat import flags
 from nanochat.common import UserError
@@ -133,3 +134,27 @@ def test_beginnings_only_leaves_out_every_row_that_goes_on_with_a_document(
         firsts = [plan.pieces[plan.starts[r] : plan.starts[r + 1], 1] for r in range(len(plan))]
         assert {*order} == {r for r, first in enumerate(firsts) if not first.any()}
         assert 0 < len({*order}) < len(plan)
+
+
+def test_windows_are_others_for_as_long_as_asked() -> None:
+    """And with those of the whole row the model is what the trial without windows trains."""
+    model, idx = built("base"), torch.arange(64)[None] % 96
+    trained = [block.attn.window for block in model.h]
+    assert trained.count(8) == 3
+    with scales.windows_times(model, 2.0):
+        assert [block.attn.window for block in model.h].count(16) == 3
+    with scales.windows_times(model, float("inf")):
+        assert torch.equal(model(idx), built("no windows").logits_of)
+    assert [block.attn.window for block in model.h] == trained
+    assert torch.equal(model(idx), model.logits_of)
+
+
+def test_scales_stand_below_one_another_and_models_side_by_side() -> None:
+    rows = [
+        {"tag": tag, "row": row, "windows": "half", "bpb": bpb}
+        for tag, row, bpb in (("a", 512, 2.0), ("a", 1024, 1.5), ("b", 1024, 1.25))
+    ]
+    assert scales.table({"rows": rows}).splitlines()[2:] == [
+        "| 512 | half | 2.0000 |  |",
+        "| 1,024 | half | 1.5000 | 1.2500 |",
+    ]
