@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ def main(args: Args) -> None:
 
 def one(args: Args, env: dict[str, str], arch: str, depth: int, seed: int) -> dict[str, Any]:
     """One run: validation bits per byte by tokens, minutes in steps, tokens a second."""
-    tag = f"{arch}-d{depth}-{args.tokens}-s{seed}"
+    more = re.sub(r"\W+", "-", args.flags).strip("-")  # a run with other flags is another run
+    tag = f"{arch}-d{depth}-{args.tokens}-s{seed}" + (f"-{more}" if more else "")
     log = args.base_dir / "base_checkpoints" / tag / "log.jsonl"
     command = [
         f"--arch={arch}", f"--depth={depth}", f"--model_tag={tag}", f"--seed={seed}", "--resume",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import learning
 from bench import learning_scales as scales
 from bench import learning_trials as bench
 from nanochat import flags
@@ -158,3 +159,15 @@ def test_scales_stand_below_one_another_and_models_side_by_side() -> None:
         "| 512 | half | 2.0000 |  |",
         "| 1,024 | half | 1.5000 | 1.2500 |",
     ]
+
+
+def test_a_run_with_other_flags_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bench.learning finds what is done by its name."""
+    monkeypatch.setattr(learning, "run", lambda env, module, *words: None)
+    tags = set()
+    for more in ("", "--matrix_lr=0.01", "--matrix_lr=0.02"):
+        args = learning.Args(tmp_path, tmp_path, flags=more)
+        tags |= {word for word in learning.one(args, {}, "turbo", 4, 0)["flags"] if "tag" in word}
+    assert len(tags) == 3
