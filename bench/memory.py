@@ -22,8 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from bench import surroundings
 from nanochat import distributed, flags
 from nanochat.common import write_json
+from nanochat.compiling import CompiledStep
 from nanochat.flags import TrainFlags
 from nanochat.models import build_model, make_config
+from nanochat.models.attention import choose_for
 from nanochat.optim import make_optimizer
 from nanochat.plan import MODES, Planner, setup_of
 from nanochat.recompute import Mode, recompute
@@ -60,7 +62,11 @@ def measured_peak(
     model = build_model(config, device, seed=1)
     recompute(model, mode)
     optimizer = make_optimizer(model, 0.1, 0.01, 0.01)
-    step_model = torch.compile(model, dynamic=False) if compiled else model
+    if device == "cuda":
+        choose_for(model, torch.device(device), torch.bfloat16 if bf16 else torch.float32)
+    if compiled:
+        optimizer.fuse()
+    step_model = CompiledStep(model) if compiled else model
     idx = torch.randint(0, config.vocab_size, (batch, length), device=device)
 
     def step() -> None:
@@ -93,7 +99,7 @@ def compare(args: Args, info: distributed.DistInfo) -> list[dict[str, Any]]:
     cuda = info.device.type == "cuda"
     depth = args.depth if args.depth > 0 else (12 if cuda else 4)
     vocab_size, length, batches = (65_536, 2048, (2, 8)) if cuda else (8192, 256, (1, 4))
-    setup = setup_of(info, compiling(args, info))
+    setup = setup_of(info, step_flags(args, info))
     rows = []
     for arch in ("gpt", "qwen2.5", "turbo"):
         config, _ = make_config(arch, depth, vocab_size, length)
@@ -122,16 +128,14 @@ def compare(args: Args, info: distributed.DistInfo) -> list[dict[str, Any]]:
     return rows
 
 
-def compiling(args: Args, info: distributed.DistInfo) -> TrainFlags:
+def step_flags(args: Args, info: distributed.DistInfo) -> TrainFlags:
     return TrainFlags(compile="off" if args.eager or info.device.type != "cuda" else "on")
 
 
 def main(args: Args) -> None:
     with distributed.session(args.device_type) as info:
         rows = compare(args, info)
-        setup = setup_of(
-            info, TrainFlags(compile="off" if args.eager or info.device.type != "cuda" else "on")
-        )
+        setup = setup_of(info, step_flags(args, info))
     ratios = [row["ratio"] for row in rows]
     print(f"estimate / measured: {min(ratios)} to {max(ratios)}")
     if args.out:

@@ -27,6 +27,7 @@ from nanochat.common import write_json
 from nanochat.manifest import find_damage
 from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
+from nanochat.step import TrainStep
 from nanochat.train import Trainer
 
 RESULT = Path(__file__).resolve().parent / "results" / "saving.json"
@@ -61,7 +62,7 @@ def measure(args: Args, info: distributed.DistInfo) -> dict[str, Any]:
     like = dict(model.named_parameters())
     optimizer.load_state_dict(lambda name: torch.rand_like(like[name.rsplit("/", 1)[0]]), 1)
     meta = {"tokenizer": None, "tokenizer_fingerprint": "", "data": {}}
-    trainer = Trainer("base", tag, args, info, model, optimizer, ROUNDS, meta)
+    trainer = Trainer("base", tag, TrainStep(args, info, model, optimizer), ROUNDS, meta)
     tensors = [*like.values(), *(t for state in optimizer.state.values() for t in state.values())]
     before = peak_memory()
     blocked, whole, copy = [], [], []

@@ -127,7 +127,7 @@ def ready(shard: str, info: DistInfo) -> tuple[TrainStep, list[MicroBatch]]:
     else:
         model = build_model(config, seed=1)
     optimizer = make_optimizer(model, 0.1, 0.01, 0.01, shard=shard)
-    step = TrainStep(TrainFlags(compile="off"), info, model, optimizer, STEPS, None)
+    step = TrainStep(TrainFlags(compile="off"), info, model, optimizer)
     step.equal_batches = True
     ids = torch.randint(0, VOCAB, (ROWS, LENGTH + 1))
     return step, [MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]

@@ -28,6 +28,7 @@ from nanochat.optim import make_optimizer
 from nanochat.packing import Documents
 from nanochat.recipe import settle_horizon
 from nanochat.schedule import decay_multiplier, lr_multiplier, muon_momentum
+from nanochat.step import TrainStep
 from nanochat.train import Trainer
 from scripts.base_train import Args
 
@@ -96,10 +97,8 @@ class Run:
             "data": {},
             "started_from": None,
         }
-        self.trainer = Trainer(
-            "base", "speed", args, info, self.model, optimizer, self.num_steps, meta, self.loader
-        )
-        step = self.trainer.train_step
+        step = TrainStep(args, info, self.model, optimizer, self.num_steps * args.total_batch_size)
+        self.trainer = Trainer("base", "speed", step, self.num_steps, meta, self.loader)
         self.whole = (step.forward, optimizer.step)
         self.trunk: Any = None
         self.steps: Any = self.trainer.steps()

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UserError
+from nanochat.models.loss import loss_kernel, losses_in_place
 from nanochat.recompute import blocks_of
 
 # What decides on a CPU. Compiling a small GPT took about a minute there, and made its forward and
@@ -114,44 +115,39 @@ def _cpp_compiler() -> str | None:
 
 
 class CompiledStep:
-    """A model's forward, compiled at its first call. If that fails, plain from then on.
+    """A model whose parts are compiled at its first call. If that fails, plain from then on.
 
     The trial above is small; a whole model may still meet an operation or a compiler's limit that
-    it did not."""
+    it did not.
 
-    def __init__(self, model: Any, static_shapes: bool = True) -> None:
-        self.model = model
+    The trunk is compiled as one, or, `by_block`, each block's own arithmetic (FSDP's hooks stand
+    around a module's call, not in its forward). The loss is not part of it: its loop over chunks
+    would be unrolled, which takes the compiler longer than all else, and its chunks would wait for
+    each other in memory. On a GPU what is pointwise in a chunk is one kernel of its own. Within a
+    call only: evaluations use the plain parts."""
+
+    def __init__(self, model: Any, static_shapes: bool = True, by_block: bool = False) -> None:
+        self.model, self.proven = model, False
         # Rows of varying length would compile anew for each; dynamic shapes at the second one do.
-        self.forward = torch.compile(model, dynamic=False if static_shapes else None)
-        self.proven = False
+        dynamic = False if static_shapes else None
+        parts = [(b, "forward") for b in blocks_of(model)] if by_block else [(model, "hidden")]
+        self.parts = [
+            (part, name, torch.compile(getattr(part, name), dynamic=dynamic))
+            for part, name in parts
+        ]
+        self.kernel = torch.compile(losses_in_place)  # the last chunk may be shorter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.forward(*args, **kwargs)
+        for part, name, compiled in self.parts:
+            setattr(part, name, compiled)
+        try:
+            with loss_kernel(self.kernel):
+                return self.model(*args, **kwargs)
+        finally:
+            for part, name, _ in self.parts:
+                delattr(part, name)
 
     def give_up(self, error: Exception) -> str:
         """Goes on without compilation; says why."""
-        self.forward, self.proven = self.model, True
+        self.parts, self.kernel, self.proven = [], losses_in_place, True
         return f"compiling the model fails, going on without ({_first_line(error)})"
-
-
-class CompiledBlocks(CompiledStep):
-    """The same of a sharded model: each block's own arithmetic is compiled, embedding and head are
-    not. Within a call only: evaluations use the plain blocks."""
-
-    def __init__(self, model: Any, static_shapes: bool = True) -> None:
-        self.model, self.proven = model, False
-        dynamic = False if static_shapes else None
-        # FSDP's hooks stand around a module's call, not in its forward, so they are not compiled
-        self.blocks = [
-            (block, torch.compile(block.forward, dynamic=dynamic)) for block in blocks_of(model)
-        ]
-        self.forward = self._forward
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        for block, compiled in self.blocks:
-            block.forward = compiled
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            for block, _ in self.blocks:
-                del block.forward

@@ -31,6 +31,7 @@ from nanochat.schedule import (
 )
 from nanochat.shard import gathered
 from nanochat.start import Start, inherit, optimizer_of, start_from
+from nanochat.step import TrainStep
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
 from nanochat.tasks.mixture import TaskMixture, build_mixture
@@ -204,7 +205,9 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         val_reader = RowReader(val_source, seq_len + 1, 0, bos)
     num_steps, rows_per_step = num_steps_of(args, num_rows), args.total_batch_size // seq_len
     optimizer = optimizer_of(args, start, info)
-    micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, seq_len)
+    run_tokens = num_steps * args.total_batch_size // info.world_size
+    train_step = TrainStep(args, info, model, optimizer, run_tokens)
+    micro_batch = confirm(settled, train_step, rows_per_step, seq_len)
     args.device_batch_size = micro_batch
     loader = StepLoader(reader, rows_per_step, micro_batch, info.rank, info.world_size, info.device)
     meta = start.describe(
@@ -214,9 +217,7 @@ def _train(args: ConversationFlags, stage: str, start: Start, info: distributed.
         mixture=" | ".join(filter(None, [args.mixture, args.data])),
         shares=mixture.shares(source.counts),
     )
-    trainer = Trainer(
-        stage, args.model_tag or start.tag, args, info, model, optimizer, num_steps, meta, loader
-    )
+    trainer = Trainer(stage, args.model_tag or start.tag, train_step, num_steps, meta, loader)
     for step in trainer.steps():
         if val_reader is not None and trainer.is_due(args.eval_every, at_start=True):
             trainer.record(val_loss=validation_loss(args, trainer, val_reader, micro_batch))

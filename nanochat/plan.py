@@ -4,7 +4,7 @@ What a training step takes in memory, and the micro-batch that fits.
     settle()          before anything large is allocated: estimate, table, choice, or refusal
     memory_advice()   what would fit instead, each with the memory it takes
 
-An estimate is a training step of the real code without numbers (nanochat/memory_trace.py), so it
+An estimate is a training step of the real code without numbers (nanochat/training_trace.py), so it
 holds for an architecture, loss or optimizer that was added since. The micro-batch decides speed and
 memory only: results do not depend on it. Floor 2.5.
 """
@@ -26,12 +26,12 @@ from nanochat.distributed import DistInfo, sum_over_ranks
 from nanochat.flags import TrainFlags
 from nanochat.lora import add_lora, lora_optimizer
 from nanochat.machine import free_memory
-from nanochat.memory_trace import TrainingTrace
 from nanochat.models import ARCHITECTURES, Config, arch_of
 from nanochat.optim import MuonAdamW, ParamGroup, make_optimizer
 from nanochat.precision import choose_precision
 from nanochat.recompute import MODES, Mode, blocks_of, recompute
 from nanochat.shard import shard_size
+from nanochat.training_trace import TrainingTrace
 
 # What a CUDA process takes besides its tensors: context and kernels (0.3 to 0.5 GB on recent
 # drivers), cuBLAS's workspaces, and what the allocator cannot use of its blocks.
@@ -241,10 +241,11 @@ def _of_fullest_rank(groups: list[ParamGroup], shard: str, world_size: int) -> M
 # What fits
 
 
-def setup_of(info: DistInfo, args: TrainFlags) -> Setup:
-    """The setup of this process: how --dtype and --compile will have it compute."""
+def setup_of(info: DistInfo, args: TrainFlags, fixed_rows: bool = True) -> Setup:
+    """The setup of this process: how --dtype and --compile will have it compute. `fixed_rows`: of
+    one length, unlike RL's."""
     half = choose_precision(args.dtype, info.device).dtype != torch.float32
-    compiled = choose_compile(args.compile, info.device, 0.0).on
+    compiled = choose_compile(args.compile, info.device, 0.0, fixed_rows).on
     rank = getattr(args, "lora_rank", 0)  # not every stage has it
     return Setup(info.device.type, half, compiled, info.world_size, rank)
 
@@ -290,14 +291,15 @@ def settle(
     length: int,
     setup: Setup | None = None,
     copies: int = 1,
+    fixed_rows: bool = True,
 ) -> tuple[int, Mode]:
     """(rows of a micro-batch, mode of recompute) for this run, before it allocates, and in
     args.shard what the ranks share out.
 
-    rows_per_step over all ranks, rows of `length` tokens; `copies` of the weights are kept. Prints
-    the table of the estimate. A UserError says what there is, what is missing and what would fit.
-    All ranks must call it."""
-    setup = setup or setup_of(info, args)
+    rows_per_step over all ranks, rows of `length` tokens (`fixed_rows`: all of them, else at most);
+    `copies` of the weights are kept. Prints the table of the estimate. A UserError says what there
+    is, what is missing and what would fit. All ranks must call it."""
+    setup = setup or setup_of(info, args, fixed_rows)
     rows = max(1, rows_per_step // info.world_size)
     whole = replace(config, sequence_len=max(length, config.sequence_len))
     planners = [Planner(whole, each, rows) for each in candidates(args, setup)]

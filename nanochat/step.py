@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError, warn0
-from nanochat.compiling import CompiledBlocks, CompiledStep, choose_compile
-from nanochat.dataloader import MicroBatch, StepLoader
+from nanochat.compiling import CompiledStep, choose_compile
+from nanochat.dataloader import MicroBatch
 from nanochat.distributed import DistInfo, all_reduce_sum, max_over_ranks
 from nanochat.flags import TrainFlags
 from nanochat.fp8 import Fp8, check_fp8
@@ -29,7 +29,8 @@ from nanochat.shard import sharded_modules
 
 
 class TrainStep:
-    """Takes the steps of one run. `loader` is None where rows differ in length (RL)."""
+    """Takes the steps of one run. `run_tokens`: those of the whole run on this rank; None where
+    rows differ in length (RL, DPO)."""
 
     def __init__(
         self,
@@ -37,8 +38,7 @@ class TrainStep:
         info: DistInfo,
         model: Any,
         optimizer: MuonAdamW,
-        num_steps: int,
-        loader: StepLoader | None,
+        run_tokens: int | None = None,
     ) -> None:
         self.args, self.info, self.model, self.optimizer = args, info, model, optimizer
         self.stop_agreed = False  # some rank was stopping when the last step began
@@ -48,24 +48,20 @@ class TrainStep:
         if args.fp8:
             check_fp8(info.device)
             self.fp8 = Fp8(model)
-        tokens = 0  # of the whole run on this rank
-        if loader is not None:
-            row = loader.reader.row_len - 1
-            tokens = num_steps * loader.rows_per_step // info.world_size * row
-        static = loader is not None
+        self.fixed_rows = run_tokens is not None
         choose_for(model, info.device, self.precision.dtype)  # probing cannot be part of a graph
         self.sharded = sharded_modules(model)
-        self.compiled = choose_compile(
-            args.compile, info.device, tokens * model.flops_per_token(), static
-        )
+        flops = (run_tokens or 0) * model.flops_per_token()
+        self.compiled = choose_compile(args.compile, info.device, flops, self.fixed_rows)
         if self.compiled.on:
             optimizer.fuse()
         if self.fp8 and not self.compiled.on:
             warn0("--fp8 without compilation (--compile=on) is slower than bfloat16")
         # Evaluation and sampling use the plain module: other shapes would compile again.
-        kind = CompiledBlocks if self.sharded else CompiledStep
-        self.forward = kind(model, static) if self.compiled.on else model
-        self.equal_batches = loader is not None  # all ranks have as many
+        self.forward = model
+        if self.compiled.on:
+            self.forward = CompiledStep(model, self.fixed_rows, by_block=bool(self.sharded))
+        self.equal_batches = self.fixed_rows  # all ranks have as many
         self.peak_flops: float | None = None
         if info.device.type == "cuda":
             self.peak_flops = peak_flops(torch.cuda.get_device_name(info.device))
@@ -108,7 +104,7 @@ class TrainStep:
         known = HostCopy(whole)
         count = whole[0].clamp(min=1)
 
-        loss = all_reduce_sum(self._passes(batches, count)) / count
+        loss = all_reduce_sum(self.passes(batches, count)) / count
         num_trained, num_tokens, num_stopping = known.read()
         self.stop_agreed = num_stopping > 0
         finite = self.scaler.unscale(self.optimizer.named.values())
@@ -120,9 +116,9 @@ class TrainStep:
         numbers = HostCopy(torch.stack([loss, norm]))
         return StepRecord(number, lr_mul, int(num_tokens), not finite, numbers)
 
-    def _passes(self, batches: list[MicroBatch], count: Tensor) -> Tensor:
-        """Forward and backward passes; returns the summed loss. If the first compiled ones fail,
-        plain ones take their place."""
+    def passes(self, batches: list[MicroBatch], count: Tensor) -> Tensor:
+        """Forward and backward passes; returns the summed loss. Gradients are of that divided by
+        `count`. If the first compiled passes fail, plain ones take their place."""
         compiled = self.forward
         if not isinstance(compiled, CompiledStep) or compiled.proven or not batches:
             return self._run_passes(batches, count)

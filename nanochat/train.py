@@ -41,12 +41,11 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import UserError, append_jsonl, print0, warn0
 from nanochat.dataloader import MicroBatch, StepLoader
-from nanochat.distributed import DistInfo, at_step, sum_over_ranks
-from nanochat.flags import TrainFlags
+from nanochat.distributed import at_step, sum_over_ranks
 from nanochat.machine import peak_memory
 from nanochat.meter import Meter, QuietCollector, StepRecord
 from nanochat.models import config_to_dict
-from nanochat.optim import MuonAdamW, refuse_divergence
+from nanochat.optim import refuse_divergence
 from nanochat.progress import Progress, duration
 from nanochat.record import find_log, first_start, run_record
 from nanochat.shard import gathered
@@ -76,16 +75,14 @@ class Trainer:
         self,
         stage: str,
         tag: str,
-        args: TrainFlags,
-        info: DistInfo,
-        model: Any,
-        optimizer: MuonAdamW,
+        step: TrainStep,
         num_steps: int,
         meta: dict[str, Any],
         loader: StepLoader | None = None,
     ) -> None:
-        self.stage, self.tag, self.args, self.info = stage, tag, args, info
-        self.model, self.optimizer, self.num_steps, self.meta = model, optimizer, num_steps, meta
+        self.stage, self.tag, self.num_steps, self.meta = stage, tag, num_steps, meta
+        self.train_step, self.args, self.info = step, step.args, step.info
+        self.model, self.optimizer = step.model, step.optimizer
         self.loader = loader  # of data in fixed rows; RL has none
         if str(meta.get("started_from")).startswith(f"{stage} {tag} "):
             raise UserError(
@@ -94,9 +91,8 @@ class Trainer:
             )
         self.state = TrainState()
         self.metrics: dict[str, Any] = {}  # the last evaluation of each kind
-        self.train_step = TrainStep(args, info, model, optimizer, num_steps, loader)
         # RL samples its replies between two steps: that is not the step's time, and waits anyway.
-        lag = info.device.type == "cuda" and loader is not None
+        lag = self.info.device.type == "cuda" and loader is not None
         self.meter = Meter(self._account, lag, gaps=loader is not None)
         self.collector = QuietCollector()
         self.log_path = run_dir(stage, tag) / LOG

@@ -1,45 +1,32 @@
 """
 One real step before training begins, which shows that the memory suffices and leaves no trace.
 
-nanochat/plan.py estimates; on a GPU this has the last word. Floor 2.
+nanochat/plan.py estimates; on a GPU this has the last word. Floor 3.75.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 
 from nanochat.common import UserError, print0, warn0
-from nanochat.compiling import CompiledBlocks, CompiledStep
-from nanochat.distributed import DistInfo, local, sum_over_ranks
-from nanochat.flags import TrainFlags
-from nanochat.plan import gb, memory_advice, setup_of, usable_memory
-from nanochat.precision import autocast
+from nanochat.dataloader import MicroBatch
+from nanochat.distributed import local, sum_over_ranks
+from nanochat.plan import candidates, gb, memory_advice, setup_of, usable_memory
 from nanochat.recompute import Mode, recompute
-from nanochat.shard import sharded_modules
+from nanochat.step import TrainStep
 
 
-def trial_step(
-    model: Any,
-    optimizer: Any,
-    info: DistInfo,
-    batch: int,
-    length: int,
-    rows: int,
-    autocast: Callable[[torch.device], Any],
-    step_model: Any = None,
-) -> int | None:
+def trial_step(step: TrainStep, batch: int, length: int, rows: int) -> int | None:
     """Peak bytes of one step with real shapes, or None if some rank ran out of memory.
 
     Weights, optimizer state, gradients and random generators are as before afterwards, to the bit,
-    and the allocator's cache is empty. `step_model` is the compiled model, if there is one: what
-    is compiled here need not be again."""
-    device = info.device
+    and the allocator's cache is empty. What is compiled here need not be again."""
+    model, optimizer, device = step.model, step.optimizer, step.info.device
     cuda = device.type == "cuda"
     peak, failed = 0, False
     with _as_before(model, optimizer, device):
@@ -47,25 +34,23 @@ def trial_step(
             torch.cuda.reset_peak_memory_stats(device)
         try:
             idx = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
-            for _ in range(min(2, max(1, rows // batch))):  # the second finds gradients there
-                with autocast(device):
-                    loss = (step_model or model)(idx, idx, reduction="sum")
-                (loss / idx.numel()).backward()
-            del loss
-            peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+            # The second micro-batch finds gradients there
+            batches = [MicroBatch(idx, idx)] * min(2, max(1, rows // batch))
+            step.passes(batches, torch.tensor(len(batches) * idx.numel(), device=device))
         except torch.OutOfMemoryError:
-            if sharded_modules(model):
+            if step.sharded:
                 raise  # the others wait for this rank's share of the weights: torchrun ends them
             failed = True
         # No rank may enter the optimizer, where ranks meet, while another cannot
         failed = sum_over_ranks(failed, device=device)[0] > 0
         if not failed:
             try:
-                optimizer.step(0.0)
-                peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+                optimizer.step(0.0, grad_clip=step.args.grad_clip)
             except torch.OutOfMemoryError:
                 failed = True
             failed = sum_over_ranks(failed, device=device)[0] > 0
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(device)
     return None if failed else peak
 
 
@@ -99,31 +84,20 @@ def _as_before(model: Any, optimizer: Any, device: torch.device) -> Iterator[Non
             torch.cuda.empty_cache()
 
 
-def confirm(
-    settled: tuple[int, Mode],
-    args: TrainFlags,
-    model: Any,
-    optimizer: Any,
-    info: DistInfo,
-    rows_per_step: int,
-    length: int,
-) -> int:
+def confirm(settled: tuple[int, Mode], step: TrainStep, rows_per_step: int, length: int) -> int:
     """The micro-batch after a trial on the GPU: that of settle(), or the next smaller that works.
 
     Has the model recompute what settle() said. A size that was typed is not made smaller. Off GPUs
     nothing is tried. All ranks must call it."""
     batch, mode = settled
+    args, info, model = step.args, step.info, step.model
     recompute(model, mode)
     if info.device.type != "cuda":
         return batch
     rows = max(1, rows_per_step // info.world_size)
-    setup = setup_of(info, args)
-    precision = partial(autocast, dtype=args.dtype)
-    kind = CompiledBlocks if sharded_modules(model) else CompiledStep
-    step_model = kind(model) if setup.compiled else model
     for size in [d for d in range(batch, 0, -1) if rows % d == 0 or d == batch]:
         try:
-            peak = trial_step(model, optimizer, info, size, length, rows, precision, step_model)
+            peak = trial_step(step, size, length, rows)
         except torch.OutOfMemoryError:
             break
         if peak is not None:
@@ -132,8 +106,8 @@ def confirm(
         if args.device_batch_size != "auto":
             break
         warn0(f"a trial step of {size} row(s) ran out of memory; trying fewer")
-    limit = usable_memory(info)
+    setup = candidates(args, setup_of(info, args, step.fixed_rows))[0]  # --shard is settled
     raise UserError(
         f"a trial step of --device_batch_size={size} ran out of memory\n"
-        + memory_advice(model.config, setup, rows, size, length, mode, limit)
+        + memory_advice(model.config, setup, rows, size, length, mode, usable_memory(info))
     )

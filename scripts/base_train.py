@@ -35,6 +35,7 @@ from nanochat.schedule import (
 )
 from nanochat.shard import build_for, gathered
 from nanochat.start import base_meta, continued_config, load_base, lr_frac, run_meta
+from nanochat.step import TrainStep
 from nanochat.text_source import TextSource
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.train import Trainer
@@ -142,9 +143,9 @@ def train(args: Args, info: distributed.DistInfo) -> None:
         model, args.embedding_lr, args.unembedding_lr, args.matrix_lr, args.weight_decay,
         args.init_lr_frac, args.scalar_lr, args.shard,
     )  # fmt: skip
-    args.device_batch_size = confirm(
-        settled, args, model, optimizer, info, rows_per_step, args.max_seq_len
-    )
+    run_tokens = num_steps * args.total_batch_size // info.world_size
+    train_step = TrainStep(args, info, model, optimizer, run_tokens)
+    args.device_batch_size = confirm(settled, train_step, rows_per_step, args.max_seq_len)
     reader.expect(num_steps * rows_per_step)
     loader = StepLoader(
         reader,
@@ -156,7 +157,7 @@ def train(args: Args, info: distributed.DistInfo) -> None:
     )
     data = {"train": source.fingerprint, "val": val_source.fingerprint}
     trainer = Trainer(
-        "base", args.model_tag or default_tag, args, info, model, optimizer, num_steps,
+        "base", args.model_tag or default_tag, train_step, num_steps,
         run_meta(args.tokenizer, tokenizer, data, started_from, files.validation), loader,
     )  # fmt: skip
     # Step by step

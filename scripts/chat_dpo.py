@@ -43,6 +43,7 @@ from nanochat.rollout import problem_order
 from nanochat.schedule import lr_multiplier
 from nanochat.shard import gathered
 from nanochat.start import Start, optimizer_of, start_from
+from nanochat.step import TrainStep
 from nanochat.train import Trainer
 from nanochat.trial import confirm
 
@@ -121,19 +122,20 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
         num_steps = max(1, round(args.num_epochs * len(pairs) / args.pairs_per_step))
 
     rows_per_step, length = 2 * args.pairs_per_step, pairs.longest - 1
-    settled = settle(args, model.config, info, rows_per_step, length)
+    settled = settle(args, model.config, info, rows_per_step, length, fixed_rows=False)
     model = start.place(args, info, settled[1])
     optimizer = optimizer_of(args, start, info)
     # The two replies of a pair go through together: their loss is one
     settled = (max(2, settled[0]), settled[1])
-    micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, length) // 2
+    train_step = TrainStep(args, info, model, optimizer)
+    micro_batch = confirm(settled, train_step, rows_per_step, length) // 2
     if micro_batch < 1:
         raise UserError(
             f"a pair of {length:,} tokens a reply does not fit; set a smaller --max_seq_len, "
             "--activation_checkpointing=block or --lora_rank"
         )
     trainer = Trainer(
-        "dpo", args.model_tag or start.tag, args, info, model, optimizer, num_steps,
+        "dpo", args.model_tag or start.tag, train_step, num_steps,
         start.describe(pairs.fingerprint, validation),
     )  # fmt: skip
     # The model is the reference still, in a run that will be resumed too: it was not yet loaded.

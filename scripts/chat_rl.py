@@ -31,6 +31,7 @@ from nanochat.rewards import Reward, get_reward
 from nanochat.rollout import Rollouts, problem_order, sample_rollouts, spare_problems, to_batches
 from nanochat.schedule import lr_multiplier
 from nanochat.start import Start, optimizer_of, start_from
+from nanochat.step import TrainStep
 from nanochat.tasks.common import Task, get_task
 from nanochat.tasks.custom import load_own
 from nanochat.train import Trainer
@@ -172,23 +173,27 @@ def train(args: Args, start: Start, info: distributed.DistInfo) -> None:
     # The longest reply that a row may hold, after a question
     length = model.config.sequence_len
     one_copy = not args.kl or (args.lora_rank and info.world_size == 1)
-    settled = settle(args, model.config, info, rows_per_step, length, copies=1 if one_copy else 2)
+    settled = settle(
+        args, model.config, info, rows_per_step, length, copies=1 if one_copy else 2,
+        fixed_rows=False,
+    )  # fmt: skip
     model = start.place(args, info, settled[1])
     # Before LoRA, and before the Trainer, which may load a resumed run's weights
     reference = frozen_copy(model, args.lora_rank > 0) if args.kl else None
     optimizer = optimizer_of(args, start, info)
-    micro_batch = confirm(settled, args, model, optimizer, info, rows_per_step, length)
+    train_step = TrainStep(args, info, model, optimizer)
+    micro_batch = confirm(settled, train_step, rows_per_step, length)
     problems = fingerprint(*(json.dumps(task[i]) for i in range(len(task))))
     trainer = Trainer(
-        "rl", args.model_tag or start.tag, args, info, model, optimizer, num_steps,
+        "rl", args.model_tag or start.tag, train_step, num_steps,
         start.describe(problems, validation),
     )  # fmt: skip
     engine = Engine(model, tokenizer)
     policy = Policy(
-        model, trainer.train_step.forward, engine.vocab_size, clip=args.clip, kl=args.kl,
+        model, train_step.forward, engine.vocab_size, clip=args.clip, kl=args.kl,
         reference=reference,
     )  # fmt: skip
-    trainer.train_step.forward = policy
+    train_step.forward = policy
     warned: set[str] = set()
 
     for step in trainer.steps():

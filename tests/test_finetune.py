@@ -23,6 +23,7 @@ from nanochat.distributed import DistInfo
 from nanochat.engine import Engine
 from nanochat.optim import make_optimizer
 from nanochat.schedule import lr_multiplier
+from nanochat.step import TrainStep
 from nanochat.train import Trainer
 from tests.models_for_tests import tiny_model, tokens_of
 from tests.tiny_world import BASE_FLAGS, MID_FLAGS, RL_FLAGS, new_world, run_stage
@@ -263,7 +264,8 @@ def test_a_step_without_a_trained_token_changes_nothing() -> None:
     cpu = torch.device("cpu")
     meta = {"tokenizer": None, "tokenizer_fingerprint": "", "data": {}}
     info = DistInfo(0, 0, 1, cpu)
-    trainer = Trainer("mid", "none", flags.TrainFlags(), info, model, optimizer, 2, meta)
+    step = TrainStep(flags.TrainFlags(), info, model, optimizer)
+    trainer = Trainer("mid", "none", step, 2, meta)
 
     def loss_of(batches: list[MicroBatch]) -> float:
         trainer.step(batches, 1.0)

@@ -76,7 +76,7 @@ def learn(
     model: Any, optimizer: MuonAdamW, args: TrainFlags, info: DistInfo, steps: range
 ) -> tuple[list[list[float]], TrainStep]:
     """(loss, norm of the gradient) of every step."""
-    step = TrainStep(args, info, model, optimizer, STEPS, None)
+    step = TrainStep(args, info, model, optimizer)
     curve = []
     for number in steps:
         batches = batches_of(number, info.rank, info.world_size, model.config)
@@ -155,7 +155,7 @@ def unequal_batches(info: DistInfo) -> bool:
     for mode, where, batches in (("fsdp", info, mine), ("none", alone, everything)):
         model = place("gpt", TrainFlags(shard=mode), where)  # type: ignore[arg-type]
         optimizer = make_optimizer(model, *RATES, shard=mode)
-        step = TrainStep(args, where, model, optimizer, 1, None)
+        step = TrainStep(args, where, model, optimizer)
         if mode == "none":  # of one process, in the midst of others
             count = sum(int(b.count()) for b in batches)
             loss = torch.stack([b.loss(model) for b in batches]).sum() / count
@@ -184,7 +184,7 @@ def bfloat16(info: DistInfo) -> bool:
                 with patch("nanochat.shard.choose_precision", lambda *_: rounded):
                     model = place(arch, args, info)
                 optimizer = make_optimizer(model, *RATES, shard=mode)
-                step = TrainStep(args, info, model, optimizer, STEPS, None)
+                step = TrainStep(args, info, model, optimizer)
                 step.precision = rounded
                 with gathered(model), rounded.autocast():
                     assert (model.param_groups()["matrix"][0].dtype == torch.bfloat16) == (
@@ -257,7 +257,7 @@ def policies(info: DistInfo) -> bool:
         model = place("qwen2.5", args, info)
         reference = frozen_copy(model)
         optimizer = make_optimizer(model, *RATES, shard=mode)
-        step = TrainStep(args, info, model, optimizer, 1, None)
+        step = TrainStep(args, info, model, optimizer)
         policy = Policy(model, step.forward, 90, kl=0.1, reference=reference)
         step.forward = policy
         idx = tokens_of(model, 2, 9) % 90

@@ -210,7 +210,7 @@ def test_a_model_that_does_not_compile_is_trained_without(
     plain = make_trainer()
     plain.train_step.forward = plain.model
     trainer = make_trainer(compile=wanted)
-    trainer.train_step.forward.forward = fails
+    monkeypatch.setattr(trainer.train_step.forward, "parts", [(trainer.model, "hidden", fails)])
     if wanted == "on":
         with pytest.raises(NotImplementedError):
             take_step(trainer)
@@ -296,13 +296,13 @@ def test_a_gpu_s_step_is_queued_without_waiting(monkeypatch: pytest.MonkeyPatch)
     device = torch.device("cuda", 0)
     model = trainer.model.to(device)
     model.rotary.fill()
-    taken = TrainStep(trainer.args, DistInfo(0, 0, 1, device), model, trainer.optimizer, 4, None)
+    taken = TrainStep(trainer.args, DistInfo(0, 0, 1, device), model, trainer.optimizer)
     monkeypatch.setattr(trainer.optimizer, "step", lambda *args: torch.ones((), device=device))
     batches = [MicroBatch(b.idx.to(device), b.targets.to(device)) for b in batches_of(trainer, 2)]
-    taken.take(1, batches, 1.0, 0.95, False)
+    taken.take(1, batches, (1.0, 0.95, 1.0), False)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        record = taken.take(2, batches, 1.0, 0.95, False)
+        record = taken.take(2, batches, (1.0, 0.95, 1.0), False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     loss, norm = record.numbers.read()

@@ -102,7 +102,7 @@ def listen(
         model = tiny_model(arch)
     optimizer = make_optimizer(model, 0.1, 0.1, 0.1, shard=shard)
     args = TrainFlags(compile="off")
-    step = TrainStep(args, info, model, optimizer, 2, None)
+    step = TrainStep(args, info, model, optimizer)
     step.equal_batches = True  # as in pretraining
     step.precision = Precision(info.device, dtype, "for this test")
     for number in (1, 2):

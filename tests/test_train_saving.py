@@ -25,6 +25,7 @@ from nanochat.dataloader import MicroBatch
 from nanochat.distributed import DistInfo
 from nanochat.flags import TrainFlags
 from nanochat.optim import make_optimizer
+from nanochat.step import TrainStep
 from nanochat.train import Trainer
 from tests.models_for_tests import tiny_model
 
@@ -38,7 +39,7 @@ def make_trainer(**flags: Any) -> Trainer:
     meta = {"tokenizer": None, "tokenizer_fingerprint": "abc", "data": {"train": "t0"}}
     info = DistInfo(0, 0, 1, torch.device("cpu"))
     optimizer = make_optimizer(model, args.embedding_lr, args.unembedding_lr, args.matrix_lr)
-    return Trainer("base", "t", args, info, model, optimizer, NUM_STEPS, meta)
+    return Trainer("base", "t", TrainStep(args, info, model, optimizer), NUM_STEPS, meta)
 
 
 def take_step(trainer: Trainer) -> None:
@@ -303,7 +304,7 @@ def test_a_run_must_not_start_from_its_own_tag() -> None:
     with pytest.raises(UserError, match=r"--model_tag=t is what this run starts from"):
         trainer = make_trainer()
         meta = {**trainer.meta, "started_from": "base t step_000004 (abc)"}
-        Trainer("base", "t", trainer.args, trainer.info, trainer.model, trainer.optimizer, 4, meta)
+        Trainer("base", "t", trainer.train_step, 4, meta)
 
 
 def test_wandb_goes_on_with_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:

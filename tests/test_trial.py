@@ -8,17 +8,24 @@ import pytest
 import torch
 
 from nanochat.distributed import DistInfo
+from nanochat.flags import TrainFlags
 from nanochat.optim import make_optimizer
+from nanochat.step import TrainStep
 from nanochat.trial import trial_step
 from tests.models_for_tests import tiny_model, tokens_of
 
 HERE = DistInfo(0, 0, 1, torch.device("cpu"))
 
 
+def make_step(**rates: float) -> TrainStep:
+    model = tiny_model("gpt")
+    return TrainStep(TrainFlags(), HERE, model, make_optimizer(model, 0.1, 0.01, 0.01, **rates))
+
+
 @pytest.mark.parametrize("under_way", [False, True])
 def test_a_trial_step_leaves_nothing_behind(under_way: bool) -> None:
-    model = tiny_model("gpt")
-    optimizer = make_optimizer(model, 0.1, 0.01, 0.01, weight_decay=0.1)
+    step = make_step(weight_decay=0.1)
+    model, optimizer = step.model, step.optimizer
     idx = tokens_of(model, 2, 16)
     if under_way:  # state that came from a checkpoint
         model(idx, idx).backward()
@@ -31,7 +38,7 @@ def test_a_trial_step_leaves_nothing_behind(under_way: bool) -> None:
     steps, rng = optimizer.num_steps, torch.get_rng_state()
     ran = []
     model.register_forward_hook(lambda *_: ran.append(1))
-    peak = trial_step(model, optimizer, HERE, 2, 16, 8, lambda device: torch.enable_grad())
+    peak = trial_step(step, 2, 16, 8)
     assert peak is not None and len(ran) == 2
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     after = {(k, e): v for k, entries in optimizer.state.items() for e, v in entries.items()}
@@ -42,12 +49,12 @@ def test_a_trial_step_leaves_nothing_behind(under_way: bool) -> None:
 
 
 def test_a_trial_that_runs_out_of_memory_says_so() -> None:
-    model = tiny_model("gpt")
-    optimizer = make_optimizer(model, 0.1, 0.01, 0.01)
+    step = make_step()
 
     def too_much(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("none left")
 
-    trial = (model, optimizer, HERE, 2, 16, 8, lambda device: torch.enable_grad())
-    assert trial_step(*trial, step_model=too_much) is None
-    assert trial_step(*trial) is not None
+    plain, step.forward = step.forward, too_much
+    assert trial_step(step, 2, 16, 8) is None
+    step.forward = plain
+    assert trial_step(step, 2, 16, 8) is not None

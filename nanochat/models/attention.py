@@ -277,15 +277,35 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int, grouped: bool) -> Tensor:
-    """Flex attention: blocks of keys that no query of a block sees are never read. The map of the
-    blocks is made in the compiled graph: little beside the attention of even one head."""
+    """Flex attention: blocks of keys that no query of a block sees are never read."""
     # Imported here: it makes torch load its compiler.
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
+
+    blocks = window_blocks(q.size(2), window, q.device)
+    out: Any = flex_attention(q, k, v, block_mask=blocks, enable_gqa=grouped)
+    return out
+
+
+def window_blocks(T: int, window: int, device: torch.device | str, size: int = 128) -> Any:
+    """Flex attention's map of the blocks (BlockMask) that a window sees in part, and as a whole.
+
+    Worked out, not by create_block_mask, which asks about every pair of positions and changes what
+    calls do while it does: the compiler cannot have that in what is recomputed (checkpoint)."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     def visible(_b: Tensor, _h: Tensor, at: Tensor, other: Tensor) -> Tensor:
         return (other <= at) & (other > at - window)
 
-    T = q.size(2)
-    block_mask = create_block_mask(visible, None, None, T, T, device=q.device)
-    out: Any = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=grouped)
-    return out
+    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:  # how many for each query block, which
+        blocks = blocks.int()[None, None]
+        order = blocks.argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32), order.int()
+
+    first = torch.arange(-(-T // size), device=device) * size  # position of each block
+    at, other = first[:, None], first
+    some = (other <= at) & (other + size - 1 > at - window)
+    whole = (other + size - 1 <= at) & (other > at + size - 1 - window)
+    return BlockMask.from_kv_blocks(
+        *ordered(some & ~whole), *ordered(whole), BLOCK_SIZE=size, mask_mod=visible,
+        seq_lengths=(T, T),
+    )  # fmt: skip

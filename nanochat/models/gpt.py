@@ -81,7 +81,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())  # (B, T, D)
+        h = F.relu(self.c_fc(x))  # (B, T, 4D)
+        return self.c_proj(h * h)  # (B, T, D); autocast would take square() to float32
 
 
 class Block(nn.Module):

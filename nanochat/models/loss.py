@@ -14,6 +14,8 @@ chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,17 +110,53 @@ def _slopes(
     The softmax, less one at the target; times the cap's own slope, 1 - tanh^2."""
     slopes = logp.exp_()
     at = targets.clamp(min=0)[:, None]  # (C, 1)
-    if torch.compiler.is_compiling():
-        # Elementwise, so that it becomes one kernel with its neighbours; a scatter would part them.
-        is_target = torch.arange(slopes.size(1), device=slopes.device) == at  # (C, V)
-        slopes = slopes - is_target.to(slopes.dtype)
-    else:
-        slopes.scatter_add_(1, at, slopes.new_full((1, 1), -1.0).expand_as(at))
+    slopes.scatter_add_(1, at, slopes.new_full((1, 1), -1.0).expand_as(at))
     if scale is not None:
         slopes = slopes.mul_(scale[:, None])
     if softcap:
         slopes = slopes.addcmul_(slopes, capped.square_(), value=-1)
     return slopes
+
+
+def losses_in_place(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """(C, V) logits, not capped, (C,) -> losses (C,); in the logits' place their gradient.
+
+    What _chunk and _slopes compute, but without a gather or a scatter, so that a compiler makes one
+    kernel of it, which reads logits and writes slopes. With a gather in it, it kept the float32
+    log-probabilities of every chunk, to look up all the wanted ones at the end."""
+    wide = logits.to(_wide(logits.dtype))
+    capped = torch.tanh(wide / softcap) if softcap else wide
+    scores = capped * softcap if softcap else wide  # (C, V)
+    log_sum = scores.logsumexp(-1, keepdim=True)  # (C, 1)
+    at = targets[:, None]
+    is_target = torch.arange(logits.size(1), device=logits.device) == at  # (C, V)
+    wanted = torch.where(is_target, scores, 0.0).sum(-1, keepdim=True)
+    slopes = (scores - log_sum).exp() - is_target.to(scores.dtype)
+    if softcap:
+        slopes = slopes * (1 - capped.square())
+    kept = at != -1
+    logits.copy_(torch.where(kept, slopes, 0.0))
+    return torch.where(kept, log_sum - wanted, 0.0)[:, 0]
+
+
+_kernels: list[Callable[..., Tensor]] = []  # the last one is used
+
+
+@contextmanager
+def loss_kernel(kernel: Callable[..., Tensor]) -> Iterator[None]:
+    """In here sums of losses go through `kernel`, which is losses_in_place, compiled. Not on a CPU,
+    where PyTorch's own kernels are faster than the compiler's."""
+    _kernels.append(kernel)
+    try:
+        yield
+    finally:
+        _kernels.pop()
+
+
+def _kernel_for(x: Tensor) -> Callable[..., Tensor] | None:
+    if torch.compiler.is_compiling():
+        return losses_in_place
+    return _kernels[-1] if _kernels and x.device.type != "cpu" else None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -164,11 +202,19 @@ class _SumOfLosses(torch.autograd.Function):
         x_low, head_low = x.to(dtype), head.to(dtype)
         gradients = _Gradients(head_low, ctx.needs_input_grad[:2])
         losses = []
+        kernel = _kernel_for(x)
         for x_c, t_c in zip(x_low.split(chunk), targets.split(chunk)):
-            nll, logp, capped = _chunk(x_c, head_low, t_c, softcap)
+            if kernel:
+                slopes = F.linear(x_c, head_low)  # (C, V), the logits yet
+                nll = kernel(slopes, t_c, softcap)
+            else:
+                nll, logp, capped = _chunk(x_c, head_low, t_c, softcap)
+                scale = None if kept else (t_c != -1).to(logp.dtype)
+                slopes = _slopes(logp, capped, t_c, softcap, scale)
+                del logp, capped
             losses.append(nll)
-            scale = None if kept else (t_c != -1).to(logp.dtype)
-            gradients.add(_slopes(logp, capped, t_c, softcap, scale), x_c)
+            gradients.add(slopes, x_c)
+            del slopes  # before there is the next chunk's
         ctx.save_for_backward(*gradients.result(x, head))
         return torch.cat(losses).sum()
 
@@ -201,5 +247,8 @@ class _LossesOfRows(torch.autograd.Function):
         pieces = (x_low.split(ctx.chunk), targets.split(ctx.chunk), scale.split(ctx.chunk))
         for x_c, t_c, s_c in zip(*pieces):
             _, logp, capped = _chunk(x_c, head_low, t_c, ctx.softcap)
-            gradients.add(_slopes(logp, capped, t_c, ctx.softcap, s_c), x_c)
+            slopes = _slopes(logp, capped, t_c, ctx.softcap, s_c)
+            del logp, capped
+            gradients.add(slopes, x_c)
+            del slopes
         return *gradients.result(x, head), None, None, None

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import UserError
 from nanochat.models import attention
-from nanochat.models.attention import attend, choose_attention
+from nanochat.models.attention import attend, choose_attention, window_blocks, window_mask
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -58,9 +59,29 @@ def test_back_ends_that_run_anywhere(name: str, window: int | None, kv_heads: in
     assert torch.allclose(y, plain(q, k, v, window), atol=1e-5)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.11", reason="torch cannot make flex attention's map of blocks in a graph"
-)
+@pytest.mark.parametrize("T", [128, 200, 512, 1000])
+@pytest.mark.parametrize("window", [1, 64, 100, 128, 129, 300, 700])
+def test_the_map_of_blocks_is_that_of_the_mask(T: int, window: int) -> None:
+    """What torch finds by asking about every pair of positions."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(_b: Tensor, _h: Tensor, at: Tensor, other: Tensor) -> Tensor:
+        return (other <= at) & (other > at - window)
+
+    found = window_blocks(T, window, "cpu")
+    expected = create_block_mask(visible, None, None, T, T, device="cpu")
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    assert found.seq_lengths == expected.seq_lengths
+    if T % 128 == 0:  # else torch takes blocks of the last row, which is cut off, for parts
+        assert torch.equal(found.kv_num_blocks, expected.kv_num_blocks)
+        assert torch.equal(found.full_kv_num_blocks, expected.full_kv_num_blocks)
+    inside = window_mask(128 * (-(-T // 128)), window).view(-(-T // 128), 128, -1, 128)
+    whole = inside.all(3).all(1)
+    for row in range(whole.size(0)):
+        listed = found.full_kv_indices[0, 0, row, : int(found.full_kv_num_blocks[0, 0, row])]
+        assert whole[row].nonzero()[:, 0].tolist() == sorted(listed.tolist())
+
+
 def test_flex_attention_compiled_is_the_masked_one() -> None:
     """fullgraph: map of blocks and all. Rows of more than one block of 128; grouped heads."""
     q, k, v = heads(300, 2, 1, 16)
@@ -75,6 +96,17 @@ def test_flex_attention_compiled_is_the_masked_one() -> None:
     compiled = torch.compile(attend, fullgraph=True, dynamic=False, backend=backend)
     assert torch.allclose(compiled(q, k, v, 100), attend(q, k, v, 100), atol=1e-5)
     assert len(graphs) == 1 and "flex_attention" in graphs[0]
+
+    # Under activation checkpointing too: create_block_mask was refused there, and turbo with
+    # --activation_checkpointing=block went on without compilation.
+    def again(q: Tensor) -> Tensor:
+        return checkpoint(lambda q: attend(q, k, v, 100), q, use_reentrant=False)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(again, fullgraph=True, dynamic=False, backend=backend)
+        assert torch.allclose(compiled(q), attend(q, k, v, 100), atol=1e-5)
+    assert len(graphs) == 2 and "flex_attention" in graphs[1]
 
 
 def test_the_window_of_fa3_leaves_out_the_token_itself(monkeypatch: pytest.MonkeyPatch) -> None:

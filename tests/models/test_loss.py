@@ -4,17 +4,24 @@ The chunked loss against its slow twin, which makes all logits and lets autograd
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nanochat.models import loss as loss_module
 from nanochat.models.layers import lm_logits, token_losses
-from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
+from nanochat.models.loss import (
+    chunk_rows,
+    loss_kernel,
+    losses_in_place,
+    losses_of_rows,
+    sum_of_losses,
+)
 from tests.models_for_tests import tiny_model, tokens_of
 
 N, D, V = 22, 6, 40  # two rows of 11
@@ -93,8 +100,36 @@ def test_ignored_positions_may_stay_in_their_places(softcap: float, ignored: str
 
 
 @softcaps
-def test_gradcheck_in_float64(softcap: float) -> None:
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_in_the_place_of_the_logits(
+    softcap: float, ignored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compiled step has it on a GPU."""
+    monkeypatch.setattr(loss_module, "_kernel_for", lambda x: losses_in_place)
+    x, head, targets = inputs(ignored)
+    flat = (x.flatten(0, 1), head, targets.flatten())
+    for chunk in CHUNKS:
+        found = differentiated(sum_of_losses, *flat, softcap, chunk)
+        assert_same(found, differentiated(plain, *flat, "sum", softcap))
+
+
+def test_a_kernel_is_taken_within_a_compiled_step_and_off_the_cpu() -> None:
+    cpu, gpu = torch.empty(1), torch.empty(1, device="meta")
+    assert loss_module._kernel_for(gpu) is None
+    with loss_kernel(losses_in_place):
+        assert loss_module._kernel_for(cpu) is None
+        assert loss_module._kernel_for(gpu) is losses_in_place
+    assert loss_module._kernel_for(gpu) is None
+
+
+@softcaps
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradcheck_in_float64(
+    softcap: float, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Finite differences, which know nothing of how the gradient is written down."""
+    if in_place:
+        monkeypatch.setattr(loss_module, "_kernel_for", lambda x: losses_in_place)
     x, head, targets = inputs(dtype=torch.float64)
     x, head = x.detach().flatten(0, 1).requires_grad_(), (0.3 * head.detach()).requires_grad_()
     for function in (sum_of_losses, losses_of_rows):
@@ -158,6 +193,47 @@ def test_no_more_logits_exist_than_those_of_a_chunk(reduction: str) -> None:
     assert chunked.largest == V * D  # the head's gradient
     matmuls = 4 if reduction == "none" else 3  # logits (twice?), gradient in x, in the head
     assert chunked.matmuls == matmuls * 8  # chunks
+
+
+class Alive(TorchDispatchMode):
+    """How many tensors of so many elements there are at once, at most."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.most = numel, 0
+        self.alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() == self.numel:
+            storage = out.untyped_storage()
+            key = storage._cdata
+            self.alive[key] = weakref.ref(storage, lambda _: self.alive.pop(key, None))
+            self.most = max(self.most, len(self.alive))
+        return out
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_logits_of_a_chunk_are_gone_before_the_next_ones(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 they would be twice what a model's activations are."""
+    x, head, targets = (t.detach() for t in inputs("none"))
+    rows = [x.flatten(0, 1)[:20].requires_grad_(), head.requires_grad_(), targets.flatten()[:20]]
+    most = []
+    for chunk in (20, 5):  # one chunk, four
+        if in_place:
+            monkeypatch.setattr(loss_module, "_kernel_for", lambda x: made_in_one)
+        with Alive(chunk * V) as alive:
+            sum_of_losses(*rows, 15.0, chunk)
+        most.append(alive.most)
+    assert most[0] == most[1] and most[0] == (1 if in_place else 3)
+
+
+def made_in_one(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """losses_in_place as a compiler makes it: nothing in between."""
+    with _disable_current_modes():
+        return losses_in_place(logits, targets, softcap)
 
 
 @reductions
