@@ -1,7 +1,7 @@
 """
 Weights as 8-bit integers, a scale for each row: half of bfloat16's memory traffic in decoding.
 
-    quantize_linears(model)   # every linear layer of the blocks; embeddings, head and norms stay
+    Int8Linear(linear)   # in a linear layer's place, as serving.py has it in the blocks
 
 Symmetric, by the largest magnitude of each output row (absmax), as in gpt-fast's weight-only int8.
 Activations stay as they are: a weight is multiplied as the integer that it is and the product
@@ -11,7 +11,7 @@ bench/decode_speed.py. Floor 0.75.
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,39 +26,34 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights."""
+    """A linear layer with int8 weights, for inference."""
 
     weight: Tensor  # (out, in) int8
-    scale: Tensor  # (out,) in the dtype of the activations
+    scale: Tensor  # (out,) float32
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = rounded(linear.weight)
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        # On a GPU the cast is fused into the product where the step is compiled; on a CPU without
-        # kernels of ours (cpu_kernels.py) this saves memory, and takes longer.
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        """(..., in) -> (..., out) in the dtype of x."""
+        if x.numel() == self.in_features and torch.compiler.is_compiling():
+            # One row, as a sum that becomes one kernel and reads each weight once, as it is
+            y = (self.weight * x.flatten().float()).sum(-1).view(*x.shape[:-1], -1)
+        else:
+            # The weights are written out once more, in the dtype of x. Times the scale in float32:
+            # in that of x inductor would take PyTorch's _weight_int8pack_mm, which on a GPU has a
+            # thread for each product, and reads weights in no order.
+            y = F.linear(x, self.weight.to(x.dtype)).float()
+        y = y * self.scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 def is_quantized(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer of the blocks is one of those. Small ones (gates) stay as they are: they cost
     nothing."""
     return type(linear) is nn.Linear and min(linear.weight.shape) >= 16
-
-
-def quantize_linears(model: Any) -> int:
-    """Replaces the linear layers inside of the blocks, in place; returns how many."""
-    count = 0
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    for module in blocks.modules():
-        for name, child in list(module.named_children()):
-            if is_quantized(child):
-                setattr(module, name, Int8Linear(child))
-                count += 1
-    return count

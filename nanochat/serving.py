@@ -16,6 +16,8 @@ no architecture is named here. Floor 2.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +26,11 @@ from torch import Tensor, nn
 from nanochat import cpu_kernels
 from nanochat.common import UserError, warn0
 from nanochat.cpu_kernels import PackedLinear
-from nanochat.int8 import is_quantized, quantize_linears
+from nanochat.int8 import Int8Linear, is_quantized
 
 QUANTIZE = "none", "bfloat16", "int8"
+
+Made = Callable[[nn.Linear], nn.Module]
 
 # Children of a module that read the same input.
 TOGETHER = (("c_q", "c_k", "c_v"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -52,8 +56,6 @@ def make_ready(
             "--quantize=bfloat16 holds the weights of a model that computes in float32 on a CPU, "
             "and needs a C++ compiler; elsewhere use --dtype=bfloat16"
         )
-    if quantize == "int8" and not pack:
-        quantize_linears(ready)
     parts: set[nn.Module] = set()
     for module in ready.modules():
         for names in TOGETHER:
@@ -63,6 +65,8 @@ def make_ready(
                 parts.update(linears)
     if pack:
         _pack(ready, parts, quantize)
+    elif quantize == "int8":
+        _replace(ready, parts, Int8Linear, None)
     return ready
 
 
@@ -87,6 +91,23 @@ def _join(linears: list[Any]) -> None:
     linears[0].__dict__["joined"] = joined
 
 
+def _replace(model: Any, parts: set[nn.Module], inner: Made, outer: Made | None) -> None:
+    """Puts what is made of a linear layer, or of joined ones, in its place: of those in the blocks
+    by `inner`, of others by `outer`. `parts`: of joined layers."""
+    blocks = set(next(m for m in model.modules() if isinstance(m, nn.ModuleList)).modules())
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            made = inner if child in blocks else outer
+            if made is None:
+                continue
+            if "joined" in vars(child):
+                vars(child)["joined"] = made(vars(child)["joined"])
+            if child in parts:
+                child._parameters.clear()  # only its size is asked for
+            elif is_quantized(child):
+                setattr(module, name, made(child))
+
+
 # ---- matrices as a CPU reads them
 
 
@@ -103,20 +124,14 @@ def _can_pack(model: Any) -> bool:
 def _pack(model: Any, parts: set[nn.Module], quantize: str) -> None:
     """Replaces linear layers, joined ones and a tied head by packed ones, in place. `parts`: of
     joined layers."""
-    inner = set(next(m for m in model.modules() if isinstance(m, nn.ModuleList)).modules())
     outside = "none" if quantize == "int8" else quantize  # int8 is for the blocks
     if model.lm_head is None:  # tied: the embedding is read by rows, as the head it is packed
         model.lm_head = _packed(model.head_weight, None, outside)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            wanted = quantize if child in inner else outside
-            if "joined" in vars(child):
-                joined = vars(child)["joined"]
-                vars(child)["joined"] = _packed(joined.weight, joined.bias, wanted)
-            if child in parts:
-                child._parameters.clear()  # only its size is asked for
-            elif is_quantized(child):
-                setattr(module, name, _packed(child.weight, child.bias, wanted))
+
+    def made(linear: nn.Linear, quantize: str) -> nn.Module:
+        return _packed(linear.weight, linear.bias, quantize)
+
+    _replace(model, parts, partial(made, quantize=quantize), partial(made, quantize=outside))
 
 
 def _packed(weight: Tensor, bias: Tensor | None, quantize: str) -> PackedLinear:

@@ -37,9 +37,9 @@ def _of_inputs(guards: Sequence[Any]) -> list[bool]:
     return [keep or guard.guard_type == "SHAPE_ENV" for keep, guard in zip(tensors, guards)]
 
 
-def bucket_of(rows: int) -> int:
-    """The batch size that serves so many rows: a power of two."""
-    return 1 << (rows - 1).bit_length()
+def bucket_of(number: int) -> int:
+    """The power of two that serves for so many rows, or positions."""
+    return 1 << (number - 1).bit_length()
 
 
 class Step:
@@ -125,14 +125,20 @@ class Step:
 
 
 class GraphStep(Step):
-    """A Step captured as a CUDA graph, for batches of 1, 2, 4, ... rows: launching its hundreds of
-    kernels costs as much as launching one. The memory is captured too: when it has grown, graphs
-    are made anew, so a cache that has `room` for the whole context from the start is best."""
+    """A Step captured as a CUDA graph, for batches of 1, 2, 4, ... rows that have 256, 512, 1,024,
+    ... positions at most: launching its hundreds of kernels costs as much as launching one, and a
+    short text does not pay for reading a long one's memory. The memory is captured too: when it has
+    grown, graphs are made anew, so a cache that has `room` for the whole context from the start is
+    best."""
+
+    LEAST = 256  # positions
 
     def __init__(self, model: Any, compile: str = "traced") -> None:
         super().__init__(model, compile)
-        self.graphs: dict[int, tuple[Callable[[], None], Tensor, Tensor, Tensor]] = {}
+        # By rows and positions
+        self.graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor, Tensor, Tensor]] = {}
         self._where: tuple[int, ...] = ()
+        self._pool: Any = None  # what is between a step's kernels, of all graphs
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         R = idx.size(0)
@@ -144,12 +150,14 @@ class GraphStep(Step):
         where += () if memory.ids is None else (memory.ids.data_ptr(),)
         if where != self._where:
             self.graphs, self._where = {}, where
-        if bucket not in self.graphs:
+        seen = max(self.LEAST, bucket_of(cache.end(1)))
+        key = (bucket, min(seen, memory.places.size(0)))
+        if key not in self.graphs:
             if not self.graphs:
                 said = f"decoding: capturing a graph for {bucket} rows, others as they are needed"
                 print0(said, file=sys.stderr)
-            self.graphs[bucket] = self.record(bucket, memory)
-        replay, static_idx, static_at, logits = self.graphs[bucket]
+            self.graphs[key] = self.record(bucket, memory._replace(places=memory.places[: key[1]]))
+        replay, static_idx, static_at, logits = self.graphs[key]
         # What is written into the rows of nobody, at their first place, is overwritten when
         # somebody takes them.
         static_at[:R].copy_(int64(cache.lengths), non_blocking=True)
@@ -163,9 +171,11 @@ class GraphStep(Step):
     ) -> tuple[Callable[[], None], Tensor, Tensor, Tensor]:
         """(what runs it again, its ids, its positions, its logits)."""
         device = memory.places.device
-        # Trials at the last position, which no row has reached: what they write there is behind
-        # every row's end
+        # Trials at the last position that is looked at: what they write there is behind every
+        # row's end, or where its new token will be
         last = memory.places.size(0) - 1
+        if self.traced:
+            torch._dynamo.maybe_mark_dynamic(memory.places, 0)
         idx = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         at = torch.full((rows,), last, device=device)
         replay, logits = self.capture(lambda: self.run(idx, at, memory))
@@ -180,7 +190,8 @@ class GraphStep(Step):
                 action()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
             logits = action()
         return graph.replay, logits
 

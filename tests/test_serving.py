@@ -15,7 +15,7 @@ from nanochat import cpu_kernels
 from nanochat.common import UserError
 from nanochat.cpu_kernels import PackedLinear
 from nanochat.engine import Engine
-from nanochat.int8 import Int8Linear, quantize_linears
+from nanochat.int8 import Int8Linear
 from nanochat.models import layers
 from nanochat.serving import make_ready
 from tests.decoding_for_tests import assert_close, assert_pieces_are_the_whole
@@ -159,11 +159,32 @@ def test_int8_rounds_each_row_to_its_own_scale() -> None:
     assert torch.allclose(layer(x), x @ rounded.T + linear.bias)
 
 
+@torch.no_grad()
+def test_compiled_one_row_of_int8_is_a_sum_that_says_the_same() -> None:
+    """A GPU has a kernel for that; and for more rows none of PyTorch's slow one."""
+    torch._dynamo.reset()
+    layer = Int8Linear(nn.Linear(24, 40))
+    graphs: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
+    for shape in ((1, 1, 24), (24,), (3, 1, 24)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), layer(x))
+        assert compiled(x.bfloat16()).dtype == torch.bfloat16
+    assert ["linear" in graph for graph in graphs] == [False] * 4 + [True] * 2
+
+
 @every_architecture
 @torch.no_grad()
 def test_int8_is_near_and_leaves_head_and_embeddings(arch: str) -> None:
     model = tiny_model(arch)
     ready = make_ready(model, quantize="int8", pack=False)
+    joined = [vars(m)["joined"] for m in ready.modules() if "joined" in vars(m)]
+    assert joined and all(type(m) is Int8Linear for m in joined)
     kept = {n for n, p in ready.named_parameters() if p.ndim == 2}
     assert all("wte" in n or "embed" in n or "lm_head" in n or "gate" in n for n in kept), kept
     idx = tokens_of(model, 2, 40)
@@ -178,4 +199,3 @@ def test_int8_is_near_and_leaves_head_and_embeddings(arch: str) -> None:
 def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(UserError, match=r"--quantize=int4.*none, bfloat16, int8"):
         make_ready(tiny_model("gpt"), quantize="int4")
-    assert quantize_linears(tiny_model("gpt")) == 3 * 6

@@ -29,6 +29,7 @@ every_architecture = pytest.mark.parametrize("arch", TINY)
 class Emulated(GraphStep):
     """A graph without CUDA: what was captured is run again, on the same tensors."""
 
+    LEAST = 32
     captured = 0
 
     def capture(self, action: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -97,7 +98,9 @@ def test_a_scheduler_with_graphs_says_what_one_without_says(arch: str) -> None:
         replies.append([r.tokens for r in requests])
     assert replies[0] == replies[1] and len(replies[0]) == 12
     step: Any = engine.step
-    assert 2 <= step.captured == len(step.graphs) <= 4
+    assert 2 <= step.captured == len(step.graphs) <= 4 * 3
+    rows, seen = map(set, zip(*step.graphs))
+    assert len(rows) > 1 and seen == {32, 64, 100}
 
 
 def test_a_step_that_does_not_compile_is_plain_and_says_why(
@@ -201,4 +204,4 @@ def test_a_captured_graph_says_what_the_model_says(arch: str) -> None:
     for i in range(30, 100):
         assert torch.allclose(step(idx[:, i : i + 1], cache), naive[:, i], atol=1e-2)
         cache.set_lengths([i + 1] * 3)
-    assert list(step.graphs) == [4]
+    assert list(step.graphs) == [(4, 128)]
