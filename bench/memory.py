@@ -3,6 +3,7 @@ The estimate of a step's memory against what the device measures.
 
     python -m bench.memory                  # on a GPU: d12 and the like, in a few minutes
     python -m bench.memory --device_type=cpu
+    python -m bench.hollow_gpu bench.memory --depth=8    # as on a GPU, where there is none
 
 On a GPU steps run as in training, in bfloat16 and compiled, and the allocator tells the peak;
 on a CPU in float32, at sizes that a laptop has, and the profiler sees every allocation.
@@ -11,6 +12,7 @@ on a CPU in float32, at sizes that a laptop has, and the profiler sees every all
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import surroundings
+from bench import hollow_gpu, surroundings
 from nanochat import distributed, flags
 from nanochat.common import write_json
 from nanochat.compiling import CompiledStep
@@ -142,6 +144,7 @@ def main(args: Args) -> None:
         result = {
             **surroundings(),
             "device": setup.device_type,
+            "kernels_left_out": bool(os.environ.get(hollow_gpu.INSIDE)),
             "bf16": setup.bf16,
             "compiled": setup.compiled,
             "worst": max(ratios, key=lambda r: abs(r - 1)),

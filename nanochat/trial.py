@@ -1,5 +1,5 @@
 """
-One real step before training begins, which shows that the memory suffices and leaves no trace.
+Two real steps before training begins, which show that the memory suffices and leave no trace.
 
 nanochat/plan.py estimates; on a GPU this has the last word. Floor 3.75.
 """
@@ -22,36 +22,48 @@ from nanochat.step import TrainStep
 
 
 def trial_step(step: TrainStep, batch: int, length: int, rows: int) -> int | None:
-    """Peak bytes of one step with real shapes, or None if some rank ran out of memory.
+    """Peak bytes of training steps with real shapes, or None if some rank ran out of memory.
 
-    Weights, optimizer state, gradients and random generators are as before afterwards, to the bit,
-    and the allocator's cache is empty. What is compiled here need not be again."""
-    model, optimizer, device = step.model, step.optimizer, step.info.device
+    Two steps: in the second the optimizer's state is there while the passes are made. Weights,
+    that state, gradients and random generators are as before afterwards, to the bit, and the
+    allocator's cache is empty. What is compiled here need not be again."""
+    device = step.info.device
     cuda = device.type == "cuda"
-    peak, failed = 0, False
-    with _as_before(model, optimizer, device):
+    peak = 0
+    with _as_before(step.model, step.optimizer, device):
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        try:
-            idx = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
-            # The second micro-batch finds gradients there
-            batches = [MicroBatch(idx, idx)] * min(2, max(1, rows // batch))
-            step.passes(batches, torch.tensor(len(batches) * idx.numel(), device=device))
-        except torch.OutOfMemoryError:
-            if step.sharded:
-                raise  # the others wait for this rank's share of the weights: torchrun ends them
-            failed = True
-        # No rank may enter the optimizer, where ranks meet, while another cannot
-        failed = sum_over_ranks(failed, device=device)[0] > 0
-        if not failed:
-            try:
-                optimizer.step(0.0, grad_clip=step.args.grad_clip)
-            except torch.OutOfMemoryError:
-                failed = True
-            failed = sum_over_ranks(failed, device=device)[0] > 0
+        fits = all(_one_step(step, batch, length, rows) for _ in range(2))
         if cuda:
             peak = torch.cuda.max_memory_allocated(device)
-    return None if failed else peak
+    return peak if fits else None
+
+
+def _one_step(step: TrainStep, batch: int, length: int, rows: int) -> bool:
+    """Whether all ranks had memory enough for it."""
+    device = step.info.device
+    try:
+        idx = torch.randint(0, step.model.config.vocab_size, (batch, length), device=device)
+        # The second micro-batch finds gradients there
+        batches = [MicroBatch(idx, idx)] * min(2, max(1, rows // batch))
+        step.passes(batches, torch.tensor(len(batches) * idx.numel(), device=device))
+    except torch.OutOfMemoryError:
+        if step.sharded:
+            raise  # the others wait for this rank's share of the weights: torchrun ends them
+        return _all_succeeded(False, device)
+    # No rank may enter the optimizer, where ranks meet, while another cannot
+    if not _all_succeeded(True, device):
+        return False
+    try:
+        step.optimizer.step(0.0, grad_clip=step.args.grad_clip)
+        step.optimizer.zero_grad()
+    except torch.OutOfMemoryError:
+        return _all_succeeded(False, device)
+    return _all_succeeded(True, device)
+
+
+def _all_succeeded(here: bool, device: torch.device) -> bool:
+    return sum_over_ranks(not here, device=device)[0] == 0
 
 
 @contextmanager
@@ -101,13 +113,13 @@ def confirm(settled: tuple[int, Mode], step: TrainStep, rows_per_step: int, leng
         except torch.OutOfMemoryError:
             break
         if peak is not None:
-            print0(f"trial step: at most {gb(peak)} GB in use")
+            print0(f"trial steps: at most {gb(peak)} GB in use")
             return size
         if args.device_batch_size != "auto":
             break
-        warn0(f"a trial step of {size} row(s) ran out of memory; trying fewer")
+        warn0(f"trial steps of {size} row(s) ran out of memory; trying fewer")
     setup = candidates(args, setup_of(info, args, step.fixed_rows))[0]  # --shard is settled
     raise UserError(
-        f"a trial step of --device_batch_size={size} ran out of memory\n"
+        f"trial steps of --device_batch_size={size} ran out of memory\n"
         + memory_advice(model.config, setup, rows, size, length, mode, usable_memory(info))
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.models.attention import attend
-from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
+from nanochat.models.loss import losses_of_rows, rows_of_chunk, sum_of_losses
 
 
 class KVCacheLike(Protocol):
@@ -180,7 +180,7 @@ def token_losses(
             kept, x, flat = at, x.index_select(0, at), flat[at]
         all_kept = True
     if chunk is None:
-        chunk = chunk_rows(head.size(0), x.device.type, reduction)
+        chunk = rows_of_chunk(x, head, reduction)
     if reduction == "none":
         if x.size(0) > chunk:
             nll = losses_of_rows(x, head, flat, softcap, chunk)

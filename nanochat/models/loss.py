@@ -27,6 +27,9 @@ from nanochat.models.attention import autocast_dtype
 # Bytes of a chunk's logits in float32. On a CPU they should stay in its cache; on a GPU they must
 # only be few beside everything else, and the chunks few too: compiled, their loop is unrolled.
 SUM_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+# Where a kernel leaves the gradient in the logits' place, they are all that there is, and in what
+# they are multiplied in. Few chunks are better still: each adds to the whole gradient of the head.
+IN_PLACE_CHUNK_BYTES = 1 << 30
 # Each chunk reads the whole head: below this many rows that is what takes the time.
 MIN_CHUNK_ROWS = 128
 # When every row's loss is wanted, a second chunk costs all their logits a second time. It must save
@@ -34,8 +37,17 @@ MIN_CHUNK_ROWS = 128
 ROWS_CHUNK_BYTES = 512 << 20
 
 
+def rows_of_chunk(x: Tensor, head: Tensor, reduction: str) -> int:
+    """How many rows (positions) to take at a time: (N, D), (V, D)."""
+    device = x.device.type
+    if reduction != "none" and device != "cpu" and _kernel_for(x) and _needs_gradient(x, head):
+        row = head.size(0) * _compute_dtype(x, head).itemsize
+        return max(MIN_CHUNK_ROWS, IN_PLACE_CHUNK_BYTES // row)
+    return chunk_rows(head.size(0), device, reduction)
+
+
 def chunk_rows(vocab_size: int, device: str, reduction: str) -> int:
-    """How many rows (positions) to take at a time on a device of this type ("cpu", "cuda", ...)."""
+    """The same where chunks are made of float32, on a device of this type ("cpu", "cuda", ...)."""
     size = SUM_CHUNK_BYTES.get(device, SUM_CHUNK_BYTES["cuda"])
     if reduction == "none":
         size = ROWS_CHUNK_BYTES

@@ -20,6 +20,7 @@ from nanochat.models.loss import (
     loss_kernel,
     losses_in_place,
     losses_of_rows,
+    rows_of_chunk,
     sum_of_losses,
 )
 from tests.models_for_tests import tiny_model, tokens_of
@@ -257,6 +258,18 @@ def test_chunks_are_neither_too_small_nor_too_large() -> None:
                 assert rows * vocab_size * 4 <= 2**30
     assert chunk_rows(8192, "cpu", "sum") < chunk_rows(8192, "cuda", "sum")
     assert chunk_rows(8192, "cpu", "sum") < chunk_rows(8192, "cpu", "none")
+
+
+def test_in_place_chunks_are_larger_and_no_more_than_a_gigabyte() -> None:
+    x = torch.empty(1, 4, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    head = torch.empty(65_536, 4, dtype=torch.bfloat16, device="meta")
+    plain = rows_of_chunk(x, head, "sum")
+    assert plain == chunk_rows(65_536, "meta", "sum") == 2048
+    with loss_kernel(losses_in_place):
+        assert rows_of_chunk(x, head, "sum") * 65_536 * 2 == 2**30
+        assert rows_of_chunk(x.float(), head.float(), "mean") * 65_536 * 4 == 2**30
+        assert rows_of_chunk(x, head, "none") == chunk_rows(65_536, "meta", "none")
+        assert rows_of_chunk(x.detach(), head, "sum") == plain
 
 
 # ---- narrow dtypes

@@ -1,0 +1,68 @@
+"""
+The code for GPUs on a machine without one: that it runs, what it takes, and where it would wait.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import hollow_gpu
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(hollow_gpu.problem() is not None, reason=str(hollow_gpu.problem())),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hollow_gpu.build(tmp_path_factory.mktemp("hollow_gpu"))
+
+
+def on_gpu(library: Path, part: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.hollow_gpu", "tests.on_hollow_gpu", part]
+    done = subprocess.run(
+        command, env=hollow_gpu.environment(library), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_compiled_step_is_whole_and_is_not_waited_for(library: Path) -> None:
+    """The trial compiles what the run takes, in float8 and recomputed; no graph breaks, and the
+    second step runs while waiting is an error."""
+    found = on_gpu(library, "train")
+    assert "bfloat16" in found["computing"] and "in float8, compiled" in found["computing"]
+    assert found["micro_batch"] == 4
+    assert found["breaks"] == 0 and found["compiled_again"] == 0
+    assert 100 < found["kernels"] < 1000
+
+
+def test_estimates_are_what_the_allocator_counts(library: Path) -> None:
+    found = on_gpu(library, "memory")
+    assert len(found) == 4
+    assert all(0.9 < ratio < 1.1 for ratio in found.values()), found
+
+
+def test_a_step_of_decoding_is_captured_by_length(library: Path) -> None:
+    """Two graphs, for texts up to 256 and up to 512; replayed they launch nothing else. In int8
+    each layer has 4 products, a kernel each, and 7 kernels besides."""
+    found = on_gpu(library, "decode")
+    assert found["graphs"] == [[1, 256], [1, 512]]
+    first, second, third, fourth = found["steps"]
+    assert second == fourth == {"kernels": 0, "waits": 0, "graphs": 1, "programs": 0}
+    assert first["programs"] == 1 and third["programs"] == 0
+    a_step = third["kernels"] // 4  # three trials and the capture
+    assert a_step <= 12 * found["layers"] + 6
+
+
+def test_what_a_gpu_refuses_is_refused(library: Path) -> None:
+    memory, waiting = on_gpu(library, "refuse")["said"]
+    assert "out of memory" in memory.lower()
+    assert "captur" in waiting
