@@ -18,6 +18,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <thread>
 
 #undef cudaGetDeviceProperties
 #define API extern "C" __attribute__((visibility("default")))
@@ -120,12 +121,26 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p
 
 // ---- capture into a graph, and waiting for the device
 
-static std::map<void*, unsigned long long> captures;  // streams that are captured, and their number
+struct Capture {
+  unsigned long long number;
+  cudaStreamCaptureMode mode;
+  std::thread::id thread;
+};
+static std::map<void*, Capture> captures;  // by stream
+static bool captured() {  // whether what is unsafe in a capture is refused to this thread
+  std::lock_guard<std::mutex> guard(lock);
+  for (auto& [stream, capture] : captures)
+    if (capture.mode == cudaStreamCaptureModeGlobal ||
+        capture.thread == std::this_thread::get_id())
+      return true;
+  return false;
+}
 static bool refused() {  // whether the host may not wait now
   waits++;
-  return !captures.empty();
+  return captured();
 }
 API cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus* status) {
+  std::lock_guard<std::mutex> guard(lock);
   bool is = captures.count(s);
   *status = is ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
@@ -134,16 +149,17 @@ API cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t s, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph,
     const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges, size_t* number) {
   cudaStreamIsCapturing(s, status);
-  if (id) *id = captures.count(s) ? captures[s] : 0;
+  if (id) *id = captures.count(s) ? captures[s].number : 0;
   if (graph) *graph = (cudaGraph_t)1;
   if (nodes) *nodes = nullptr;
   if (edges) *edges = nullptr;
   if (number) *number = 0;
   return cudaSuccess;
 }
-API cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+API cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode mode) {
+  std::lock_guard<std::mutex> guard(lock);
   static unsigned long long number = 0;
-  captures[s] = ++number;
+  captures[s] = {++number, mode, std::this_thread::get_id()};
   return cudaSuccess;
 }
 template <class T>
@@ -152,6 +168,7 @@ static cudaError_t make(T* handle) {
   return cudaSuccess;
 }
 API cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* graph) {
+  std::lock_guard<std::mutex> guard(lock);
   captures.erase(s);
   return make(graph);
 }
@@ -177,7 +194,7 @@ API cudaError_t cudaUserObjectCreate(cudaUserObject_t* o, void*, cudaHostFn_t, u
 API cudaError_t cudaDeviceSynchronize() { WAIT; }
 API cudaError_t cudaStreamSynchronize(cudaStream_t) { WAIT; }
 API cudaError_t cudaEventSynchronize(cudaEvent_t) { WAIT; }
-#define ASK return captures.empty() ? cudaSuccess : fail(cudaErrorStreamCaptureUnsupported)
+#define ASK return captured() ? fail(cudaErrorStreamCaptureUnsupported) : cudaSuccess
 API cudaError_t cudaStreamQuery(cudaStream_t) { ASK; }
 API cudaError_t cudaEventQuery(cudaEvent_t) { ASK; }
 
@@ -191,7 +208,9 @@ API cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
   return *ms = 1.0f, cudaSuccess;
 }
 API cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t function, void* data) {
-  if (!captures.count(s)) function(data);
+  cudaStreamCaptureStatus status;
+  cudaStreamIsCapturing(s, &status);
+  if (status == cudaStreamCaptureStatusNone) function(data);
   return cudaSuccess;
 }
 API cudaError_t cudaStreamAddCallback(

@@ -112,7 +112,7 @@ class KVCache:
             else:
                 rows = torch.arange(B, device=k.device)[:, None]  # (B, 1)
                 # A slice between two indices moves behind them: (B, T, K, E)
-                cache[rows, :, self.positions(T)] = new.transpose(1, 2)
+                cache[rows, :, self.positions(T)] = new.transpose(1, 2).to(cache.dtype)
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, T: int) -> None:

@@ -191,7 +191,8 @@ class GraphStep(Step):
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Another thread may serve another GPU meanwhile, and allocate, and wait
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = action()
         return graph.replay, logits
 

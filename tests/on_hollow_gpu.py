@@ -1,7 +1,7 @@
 """
 What tests/test_hollow_gpu.py runs in a process of its own, where the hollow GPU is.
 
-    python -m bench.hollow_gpu tests.on_hollow_gpu train|decode|refuse
+    python -m bench.hollow_gpu tests.on_hollow_gpu train|memory|autocast|decode|refuse
 
 Prints one line of JSON.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from nanochat.models import build_model, make_config
 from nanochat.optim import make_optimizer
 from nanochat.plan import Planner, Setup
 from nanochat.recompute import MODES
+from nanochat.rows import Rows
+from nanochat.sampling import Sampling
 from nanochat.serving import make_ready
 from nanochat.static_step import GraphStep, Step
 from nanochat.step import TrainStep
@@ -74,6 +77,23 @@ def memory() -> dict[str, Any]:
 
 
 @torch.inference_mode()
+def autocast() -> dict[str, Any]:
+    """Rows of different lengths decoded as in training, where autocast is on: what keys and values
+    are held in."""
+    found = {}
+    for arch in ("gpt", "qwen2.5", "turbo"):
+        config, _ = make_config(arch, 2, 512, 256)
+        rows = Rows(build_model(config, GPU, seed=1), config.vocab_size)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            samplings = [Sampling(9)] * 2
+            rows.join(rows.prefill([[1, 2, 3], [1] * 40]), samplings)
+            rows.forward([[1], [2]])
+        held = [t for kv in rows.cache.layers if kv is not None for t in kv]
+        found[arch] = [sorted({str(t.dtype) for t in held}), rows.cache.lengths]
+    return found
+
+
+@torch.inference_mode()
 def decode() -> dict[str, Any]:
     """Captured steps of int8 weights, of two lengths; the second needs no compilation."""
     config, _ = make_config("qwen2.5", 2, 512, 1024)
@@ -105,9 +125,21 @@ def refuse() -> dict[str, Any]:
             values.tolist()
     except RuntimeError as e:
         said.append(str(e))
-    return {"said": said}
+    step = GraphStep(build_model(make_config("gpt", 2, 512, 256)[0], GPU, seed=1))
+    waited: list[int] = []
+
+    def elsewhere() -> torch.Tensor:  # as another worker does, for another GPU
+        thread = threading.Thread(target=lambda: waited.append(len(values.tolist())))
+        thread.start()
+        thread.join()
+        return values
+
+    step.capture(elsewhere)
+    return {"said": said, "waited": waited}
 
 
 if __name__ == "__main__":
-    parts = {"train": train, "memory": memory, "decode": decode, "refuse": refuse}
+    parts = {
+        "train": train, "memory": memory, "autocast": autocast, "decode": decode, "refuse": refuse
+    }  # fmt: skip
     print(json.dumps(parts[sys.argv[1]]()))

@@ -50,6 +50,14 @@ def test_estimates_are_what_the_allocator_counts(library: Path) -> None:
     assert all(0.9 < ratio < 1.1 for ratio in found.values()), found
 
 
+def test_rows_of_different_lengths_are_decoded_under_autocast(library: Path) -> None:
+    """As RL's rollouts and chat evaluations are. On CUDA, unlike on a CPU, it takes norms to
+    float32, and a cache that began with such keys could not take the values."""
+    found = on_gpu(library, "autocast")
+    assert list(found) == ["gpt", "qwen2.5", "turbo"]
+    assert all(of_model == [["torch.bfloat16"], [4, 41]] for of_model in found.values())
+
+
 def test_a_step_of_decoding_is_captured_by_length(library: Path) -> None:
     """Two graphs, for texts up to 256 and up to 512; replayed they launch nothing else. In int8
     each layer has 4 products, a kernel each, and 7 kernels besides."""
@@ -63,6 +71,8 @@ def test_a_step_of_decoding_is_captured_by_length(library: Path) -> None:
 
 
 def test_what_a_gpu_refuses_is_refused(library: Path) -> None:
-    memory, waiting = on_gpu(library, "refuse")["said"]
+    found = on_gpu(library, "refuse")
+    memory, waiting = found["said"]
     assert "out of memory" in memory.lower()
     assert "captur" in waiting
+    assert found["waited"] == [2] * 4, "while one GPU's graph is captured, another's worker goes on"

@@ -33,8 +33,9 @@ class KVCacheLike(Protocol):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """Root mean square norm over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),), weight, eps)
+    """Root mean square norm over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467), in
+    the dtype of x: autocast on CUDA would leave normalised keys in float32 beside other values."""
+    return F.rms_norm(x, (x.size(-1),), weight, eps).to(x.dtype)
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
