@@ -1,4 +1,4 @@
-// CUDA's runtime, driver and cuBLAS as far as PyTorch calls them, with no GPU behind: see
+// CUDA's runtime, driver, cuBLAS and NCCL as far as PyTorch calls them, with no GPU behind: see
 // hollow_gpu.py. Memory is the host's and is touched only by copies; streams and events are done at
 // once; kernels and products are counted and not computed. What may not be done while a stream is
 // captured into a graph is refused as CUDA refuses it.
@@ -10,7 +10,9 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdio>
@@ -287,7 +289,7 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
 API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   memset(p, 0, sizeof *p);
   const char* name = getenv("HOLLOW_GPU_NAME");
-  snprintf(p->name, sizeof p->name, "%s", name ? name : "NVIDIA H200");
+  snprintf(p->name, sizeof p->name, "%s", name ? name : "hollow GPU");
   p->totalGlobalMem = memory_size();
   p->major = capability() / 10;
   p->minor = capability() % 10;
@@ -483,6 +485,139 @@ API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtMatmulHeuristicResult_t* found, int* number) {
   memset(found, 0, sizeof *found);
   return *number = 1, CUBLAS_STATUS_SUCCESS;
+}
+
+// ---- NCCL: ranks of this machine meet in shared memory. Small numbers are really summed, since
+// ranks decide by them; of large ones each rank keeps its own, as if it had computed them.
+
+struct UniqueId {
+  char text[128];
+};
+enum { SUM = 0, MAX = 2, MIN = 3 };
+enum { INT8, UINT8, INT32, UINT32, INT64, UINT64, FLOAT16, FLOAT32, FLOAT64, BFLOAT16 };
+static const size_t SIZES[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
+static const size_t SLOT = 1 << 20;  // bytes of a rank
+
+struct Meeting {
+  std::atomic<int> arrived, round;
+  char padding[56];
+  char slots[];
+};
+struct Communicator {
+  int rank, size;
+  Meeting* meeting;
+  void meet() {  // all ranks have come here
+    int round = meeting->round;
+    if (++meeting->arrived == size) {
+      meeting->arrived = 0;
+      meeting->round++;
+    } else {
+      while (meeting->round == round) std::this_thread::yield();
+    }
+  }
+  // Every rank puts `bytes` into its slot; `read` looks at all of them
+  template <class F>
+  void exchange(const void* mine, size_t bytes, F read) {
+    if (bytes <= SLOT) memcpy(meeting->slots + rank * SLOT, mine, bytes);
+    meet();
+    if (bytes <= SLOT) read(meeting->slots);
+    meet();
+  }
+};
+static Communicator* join(const char* name, int size, int rank) {
+  size_t bytes = sizeof(Meeting) + size * SLOT;
+  int file = shm_open(name, O_CREAT | O_RDWR, 0600);
+  if (file < 0 || ftruncate(file, bytes)) return nullptr;
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  close(file);
+  auto* result = new Communicator{rank, size, (Meeting*)p};
+  result->meet();
+  if (rank == 0) shm_unlink(name);
+  return result;
+}
+API int ncclGetVersion(int* version) { return *version = 22800, 0; }
+API const char* ncclGetErrorString(int) { return "an error of the hollow GPU"; }
+API const char* ncclGetLastError(void*) { return ""; }
+API int ncclGetUniqueId(UniqueId* id) {
+  static int number = 0;
+  memset(id, 0, sizeof *id);
+  snprintf(id->text, sizeof id->text, "/hollow-gpu-%d-%d", getpid(), number++);
+  return 0;
+}
+API int ncclCommInitRank(Communicator** c, int size, UniqueId id, int rank) {
+  return (*c = join(id.text, size, rank)) ? 0 : 2;
+}
+API int ncclCommInitRankConfig(Communicator** c, int size, UniqueId id, int rank, void*) {
+  return ncclCommInitRank(c, size, id, rank);
+}
+API int ncclCommSplit(Communicator* c, int color, int key, Communicator** out, void*) {
+  static int number = 0;
+  char name[128];
+  int creator = getpid();
+  c->exchange(&creator, sizeof creator, [&](char* slots) { memcpy(&creator, slots, 4); });
+  snprintf(name, sizeof name, "/hollow-gpu-%d-split-%d-%d", creator, number++, color);
+  int mine[] = {color, key}, size = 0, rank = 0;
+  c->exchange(mine, sizeof mine, [&](char* slots) {
+    for (int i = 0; i < c->size; i++) {
+      int* theirs = (int*)(slots + i * SLOT);
+      if (theirs[0] == color) size++, rank += theirs[1] < key || (theirs[1] == key && i < c->rank);
+    }
+  });
+  *out = color < 0 ? nullptr : join(name, size, rank);
+  return 0;
+}
+API int ncclCommCount(Communicator* c, int* n) { return *n = c->size, 0; }
+API int ncclCommUserRank(Communicator* c, int* n) { return *n = c->rank, 0; }
+API int ncclCommGetAsyncError(Communicator*, int* error) { return *error = 0, 0; }
+
+template <class T>
+static void reduce(void* out, const char* slots, int ranks, size_t from, size_t n, int how) {
+  for (size_t i = 0; i < n; i++) {
+    T value = ((T*)slots)[from + i];
+    for (int r = 1; r < ranks; r++) {
+      T other = ((T*)(slots + r * SLOT))[from + i];
+      value = how == MAX   ? (other > value ? other : value)
+              : how == MIN ? (other < value ? other : value)
+                           : value + other;
+    }
+    ((T*)out)[i] = value;
+  }
+}
+static void reduce(
+    void* out, const char* slots, int ranks, size_t from, size_t n, int type, int how) {
+  if (type == FLOAT32) reduce<float>(out, slots, ranks, from, n, how);
+  if (type == FLOAT64) reduce<double>(out, slots, ranks, from, n, how);
+  if (type == INT64) reduce<int64_t>(out, slots, ranks, from, n, how);
+  if (type == INT32) reduce<int>(out, slots, ranks, from, n, how);
+  if (type == UINT8 || type == INT8) reduce<uint8_t>(out, slots, ranks, from, n, how);
+}
+API int ncclAllReduce(
+    const void* in, void* out, size_t n, int type, int how, Communicator* c, void*) {
+  c->exchange(in, n * SIZES[type], [&](char* slots) {
+    reduce(out, slots, c->size, 0, n, type, how);
+  });
+  return 0;
+}
+API int ncclReduceScatter(
+    const void* in, void* out, size_t n, int type, int how, Communicator* c, void*) {
+  c->exchange(in, n * c->size * SIZES[type], [&](char* slots) {
+    reduce(out, slots, c->size, n * c->rank, n, type, how);
+  });
+  return 0;
+}
+API int ncclAllGather(const void* in, void* out, size_t n, int type, Communicator* c, void*) {
+  size_t bytes = n * SIZES[type];
+  c->exchange(in, bytes, [&](char* slots) {
+    for (int r = 0; r < c->size; r++) memcpy((char*)out + r * bytes, slots + r * SLOT, bytes);
+  });
+  return 0;
+}
+API int ncclBroadcast(
+    const void* in, void* out, size_t n, int type, int root, Communicator* c, void*) {
+  c->exchange(in, n * SIZES[type], [&](char* slots) {
+    memcpy(out, slots + root * SLOT, n * SIZES[type]);
+  });
+  return 0;
 }
 
 #include "hollow_gpu_rest.inc"

@@ -2,18 +2,21 @@
 The CUDA paths on a machine without a GPU: all of PyTorch's own work for one, and no kernel.
 
     python -m bench.hollow_gpu scripts.base_train --depth=12 --num_iterations=3
+    HOLLOW_GPU_COUNT=2 python -m bench.hollow_gpu torchrun --standalone --nproc_per_node=2 \
+        -m bench.hollow_gpu scripts.base_train -- --depth=12 --shard=fsdp
     HOLLOW_GPU_MIB=24564 HOLLOW_GPU_CAPABILITY=89 python -m bench.hollow_gpu bench.memory --depth=20
 
-CUDA's runtime, driver and cuBLAS are replaced by hollow_gpu.cpp, which is compiled here and comes
-before them (LD_PRELOAD). PyTorch's allocator, its compiler with Triton, streams, events, graphs and
-its checks for waiting are real. So it is seen whether the code for GPUs runs, what it allocates (to
-the byte, but for what a product's algorithm might want), whether it waits for the device, whether
-it can be captured as a graph, and how many kernels it launches. Numbers are whatever lies in
-memory, mostly zeros, and times mean nothing. Where ours compares results before it uses something
-(precision, attention, compilation, float8) it takes the comparison for good; errors stay errors.
+CUDA's runtime, driver, cuBLAS and NCCL are replaced by hollow_gpu.cpp, which is compiled here and
+comes before them (LD_PRELOAD). PyTorch's allocator, its compiler with Triton, streams, events,
+graphs and its checks for waiting are real. So it is seen whether the code for GPUs runs, what it
+allocates (to the byte, but for what a product's algorithm might want), whether it waits for the
+device, whether it can be captured as a graph, and how many kernels it launches. Numbers are
+whatever lies in memory, mostly zeros, and times mean nothing. Where ours compares results before it
+uses something (precision, attention, compilation, float8) it takes the comparison for good; errors
+stay errors.
 
-Needs Linux, g++, and PyTorch for CUDA 13 from PyPI, whose packages bring the headers. cuDNN, NCCL
-and the like are as without a GPU: cuDNN's attention fails its probe.
+Needs Linux, g++, and PyTorch for CUDA 13 from PyPI, whose packages bring the headers. cuDNN and the
+like are as without a GPU: cuDNN's attention fails its probe. Ranks exchange small tensors only.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from nanochat.common import UserError
 SOURCE = Path(__file__).with_suffix(".cpp")
 LIBRARY = "libcuda.so.1"  # the name under which Triton asks for it
 INSIDE = "HOLLOW_GPU"  # set where the library is loaded
-ENTRY = re.compile(r"\b(?:__cuda|cuda|cublas|cu)[A-Z]\w*")
+ENTRY = re.compile(r"\b(?:__cuda|cuda|cublas|nccl|cu)[A-Z]\w*")
 
 
 def problem() -> str | None:
@@ -151,7 +154,9 @@ def main() -> None:
         sys.exit(f"there is no hollow GPU here: {reason}")
     with tempfile.TemporaryDirectory() as folder:
         library = build(Path(folder))
-        command = [sys.executable, "-m", "bench.hollow_gpu", *sys.argv[1:]]
+        module = "torch.distributed.run" if sys.argv[1] == "torchrun" else "bench.hollow_gpu"
+        arguments = sys.argv[2:] if sys.argv[1] == "torchrun" else sys.argv[1:]
+        command = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(command, env=environment(library), check=False)
     sys.exit(done.returncode)
 

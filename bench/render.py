@@ -244,10 +244,13 @@ def bpe() -> str:
 def learned() -> str:
     (short,) = load("learning_short")["runs"]
     (tokens,) = map(int, short["bpb"])
+    seeds = load("learning_seeds")["summary"]["turbo d4"]
     return (
         learning_bench.table([load(name) for name in ("learning", "learning_d6")])
         + f"\n\nTurbo at d{short['depth']} in a run of {tokens / 1e6:.2f} M tokens: "
-        f"{short['final']:.3f} after {short['minutes']:.1f} minutes on {short['threads']} threads."
+        f"{short['final']:.3f} after {short['minutes']:.1f} minutes on {short['threads']} threads. "
+        f"{seeds['seeds']} seeds of 2.46 M tokens at d4: {seeds['bpb']:.3f} on average, with a "
+        f"standard deviation of {seeds['bpb_stdev']:.3f}."
     )
 
 

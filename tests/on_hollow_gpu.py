@@ -1,7 +1,7 @@
 """
 What tests/test_hollow_gpu.py runs in a process of its own, where the hollow GPU is.
 
-    python -m bench.hollow_gpu tests.on_hollow_gpu train|memory|autocast|decode|refuse
+    python -m bench.hollow_gpu tests.on_hollow_gpu train|memory|autocast|decode|ranks|refuse
 
 Prints one line of JSON.
 """
@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 from bench.hollow_gpu import counts
 from bench.memory import measured_peak
+from nanochat import distributed
 from nanochat.dataloader import MicroBatch
 from nanochat.distributed import DistInfo
 from nanochat.flags import TrainFlags
@@ -29,6 +30,7 @@ from nanochat.recompute import MODES
 from nanochat.rows import Rows
 from nanochat.sampling import Sampling
 from nanochat.serving import make_ready
+from nanochat.shard import build_for
 from nanochat.static_step import GraphStep, Step
 from nanochat.step import TrainStep
 from nanochat.trial import confirm
@@ -112,6 +114,25 @@ def decode() -> dict[str, Any]:
     return {"steps": found, "graphs": [list(key) for key in step.graphs], "layers": config.n_layer}
 
 
+def ranks() -> dict[str, Any]:
+    """Two steps of each way to share out, over NCCL, and a sum that is really one."""
+    config, _ = make_config("gpt", 2, 512, 256)
+    found: dict[str, Any] = {}
+    with distributed.session("cuda", 1) as info:
+        for shard in ("zero", "fsdp"):
+            args = TrainFlags(compile="off", shard=shard)  # type: ignore[arg-type]
+            model = build_for(args, config, info, "none", seed=1)
+            optimizer = make_optimizer(model, 0.1, 0.01, 0.01, shard=shard)
+            step = TrainStep(args, info, model, optimizer, run_tokens=1)
+            idx = torch.zeros((2, 256), dtype=torch.int64, device=info.device)
+            for number in (1, 2):
+                step.take(number, [MicroBatch(idx, idx)], (1.0, 0.95, 1.0), False).numbers.read()
+            found[shard] = sorted({p.device.type for p in model.parameters()})
+        found["sum"] = distributed.sum_over_ranks(info.rank + 1, device=info.device)
+        found["rank"] = info.rank
+    return found
+
+
 def refuse() -> dict[str, Any]:
     """What CUDA refuses is refused: more memory than there is, and to wait within a capture."""
     said = []
@@ -140,6 +161,7 @@ def refuse() -> dict[str, Any]:
 
 if __name__ == "__main__":
     parts = {
-        "train": train, "memory": memory, "autocast": autocast, "decode": decode, "refuse": refuse
+        "train": train, "memory": memory, "autocast": autocast, "decode": decode, "ranks": ranks,
+        "refuse": refuse,
     }  # fmt: skip
     print(json.dumps(parts[sys.argv[1]]()))

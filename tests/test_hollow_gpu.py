@@ -25,13 +25,20 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hollow_gpu.build(tmp_path_factory.mktemp("hollow_gpu"))
 
 
-def on_gpu(library: Path, part: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.hollow_gpu", "tests.on_hollow_gpu", part]
+def on_gpu(library: Path, part: str, num_ranks: int = 1) -> dict[str, Any]:
+    """What rank 0 prints."""
+    command = ["-m", "bench.hollow_gpu", "tests.on_hollow_gpu", part]
+    env = hollow_gpu.environment(library)
+    if num_ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                   str(num_ranks), *command]  # fmt: skip
+        env |= {"HOLLOW_GPU_COUNT": str(num_ranks), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=hollow_gpu.environment(library), capture_output=True, text=True, check=False
+        [sys.executable, *command], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return min(told, key=lambda found: found.get("rank", 0))
 
 
 def test_a_compiled_step_is_whole_and_is_not_waited_for(library: Path) -> None:
@@ -68,6 +75,12 @@ def test_a_step_of_decoding_is_captured_by_length(library: Path) -> None:
     assert first["programs"] == 1 and third["programs"] == 0
     a_step = third["kernels"] // 4  # three trials and the capture
     assert a_step <= 12 * found["layers"] + 6
+
+
+def test_ranks_train_over_nccl(library: Path) -> None:
+    """Which takes tensors of the GPU alone."""
+    found = on_gpu(library, "ranks", num_ranks=2)
+    assert found == {"zero": ["cuda"], "fsdp": ["cuda"], "sum": [3.0], "rank": 0}
 
 
 def test_what_a_gpu_refuses_is_refused(library: Path) -> None:
