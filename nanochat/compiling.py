@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,13 +136,13 @@ class CompiledStep:
             (part, name, torch.compile(getattr(part, name), dynamic=dynamic))
             for part, name in parts
         ]
-        self.kernel = torch.compile(losses_in_place)  # the last chunk may be shorter
+        self.kernel: Any = torch.compile(losses_in_place)  # the last chunk may be shorter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         for part, name, compiled in self.parts:
             setattr(part, name, compiled)
         try:
-            with loss_kernel(self.kernel):
+            with loss_kernel(self.kernel) if self.kernel else nullcontext():
                 return self.model(*args, **kwargs)
         finally:
             for part, name, _ in self.parts:
@@ -149,5 +150,5 @@ class CompiledStep:
 
     def give_up(self, error: Exception) -> str:
         """Goes on without compilation; says why."""
-        self.parts, self.kernel, self.proven = [], losses_in_place, True
+        self.parts, self.kernel, self.proven = [], None, True
         return f"compiling the model fails, going on without ({_first_line(error)})"
