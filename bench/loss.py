@@ -38,7 +38,13 @@ from nanochat import flags
 from nanochat.common import print0, write_json
 from nanochat.distributed import pick_device_type
 from nanochat.models.layers import lm_logits
-from nanochat.models.loss import chunk_rows, losses_of_rows, sum_of_losses
+from nanochat.models.loss import (
+    chunk_rows,
+    loss_kernel,
+    losses_in_place,
+    losses_of_rows,
+    sum_of_losses,
+)
 
 OUT = Path(__file__).with_name("results") / "loss.json"
 
@@ -115,14 +121,20 @@ def measure(args: Args, device: str, way: str, chunk: int, softcap: float) -> di
     head.requires_grad_()
     targets = torch.randint(0, args.vocab_size, (args.rows,), generator=generator).to(device)
     function = function_of(way, chunk, softcap)
-    if args.compiled:
+    if args.compiled and way not in ("sum", "rows"):
         function = torch.compile(function, dynamic=False)
+    # As a compiled step has ours: by itself, with a kernel on a GPU (compiling.py)
+    kernel = torch.compile(losses_in_place) if args.compiled else None
 
     def step() -> float:
         x.grad = head.grad = None
         wait()
         started = time.perf_counter()
-        with torch.autocast("cuda", dtype=torch.bfloat16) if cuda else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if kernel:
+                stack.enter_context(loss_kernel(kernel))
+            if cuda:
+                stack.enter_context(torch.autocast("cuda", dtype=torch.bfloat16))
             loss = function(x, head, targets)
         (loss / args.rows).backward()
         wait()
