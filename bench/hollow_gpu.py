@@ -15,6 +15,9 @@ whatever lies in memory, mostly zeros, and times mean nothing. Where ours compar
 uses something (precision, attention, compilation, float8) it takes the comparison for good; errors
 stay errors.
 
+What it is taken for: HOLLOW_GPU_NAME, HOLLOW_GPU_MIB (memory), HOLLOW_GPU_CAPABILITY (90 for 9.0)
+and HOLLOW_GPU_COUNT; by default one of an H200's size.
+
 Needs Linux, g++, and PyTorch for CUDA 13 from PyPI, whose packages bring the headers. cuDNN and the
 like are as without a GPU: cuDNN's attention fails its probe. Ranks exchange small tensors only.
 """
@@ -71,6 +74,11 @@ def build(folder: Path) -> Path:
     if done.returncode:
         raise UserError(f"{SOURCE} does not compile: {done.stderr.strip()[:2000]}")
     return library
+
+
+def is_inside() -> bool:
+    """Whether this process has it."""
+    return bool(os.environ.get(INSIDE))
 
 
 def environment(library: Path) -> dict[str, str]:
@@ -145,7 +153,7 @@ def believe() -> None:
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
-    if os.environ.get(INSIDE):
+    if is_inside():
         believe()
         del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

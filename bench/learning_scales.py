@@ -54,9 +54,11 @@ def windows_times(model: Any, factor: float) -> Iterator[None]:
     trained = [attn.window for attn in short]
     for attn, window in zip(short, trained):
         attn.window = None if factor == float("inf") else round(window * factor)
-    yield
-    for attn, window in zip(short, trained):
-        attn.window = window
+    try:
+        yield
+    finally:
+        for attn, window in zip(short, trained):
+            attn.window = window
 
 
 def main(args: Args) -> None:

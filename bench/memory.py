@@ -12,7 +12,6 @@ on a CPU in float32, at sizes that a laptop has, and the profiler sees every all
 from __future__ import annotations
 
 import gc
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +141,12 @@ def main(args: Args) -> None:
     print(f"estimate / measured: {min(ratios)} to {max(ratios)}")
     if args.out:
         where = surroundings()
-        if os.environ.get(hollow_gpu.INSIDE):
+        if hollow_gpu.is_inside():
             where["machine"]["gpus"] = []
         result = {
             **where,
             "device": setup.device_type,
-            "kernels_left_out": bool(os.environ.get(hollow_gpu.INSIDE)),
+            "kernels_left_out": hollow_gpu.is_inside(),
             "bf16": setup.bf16,
             "compiled": setup.compiled,
             "worst": max(ratios, key=lambda r: abs(r - 1)),

@@ -234,7 +234,6 @@ class TrainingTrace:
                 stand.end_of_forward()
             with trace.part("workspace"):
                 self._backward(total)
-            trace.compiled = trace.in_backward = False
         return trace.parts
 
     def _hidden(self, *args: Any) -> Tensor:
@@ -255,13 +254,12 @@ class TrainingTrace:
         return x
 
     def _backward(self, total: Tensor) -> None:
-        if not self.compiled or self.shares:  # block by block
-            total.backward()
-            return
-        # A compiled backward pass gives all gradients at its end, and only then are they added.
-        before = [p.grad for p in self.params]
-        for p in self.params:
-            p.grad = None
+        before: list[Tensor | None] = []
+        if self.compiled and not self.shares:  # else block by block
+            # A compiled backward pass gives all gradients at its end, and only then are they added.
+            before = [p.grad for p in self.params]
+            for p in self.params:
+                p.grad = None
         total.backward()
         self.trace.compiled = self.trace.in_backward = False
         for p, grad in zip(self.params, before):
